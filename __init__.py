@@ -1,0 +1,25 @@
+"""OFT pack: Orthogonal Fine-Tuning adapters for ComfyUI.
+
+This file is ComfyUI's door only. Importing it does nothing: the node modules, and with them ComfyUI's own modules,
+are imported when ComfyUI calls `comfy_entrypoint`. That keeps the folder harmless where it lies inside a web UI's
+extension folder or is collected by a test runner.
+"""
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+
+async def comfy_entrypoint():
+    """Return the extension object that lists this pack's nodes; registers the `oft` model folder on the way."""
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import folders, load
+
+    folders.register()
+
+    class OFTExtension(ComfyExtension):
+        async def get_node_list(self):
+            return list(load.NODES)
+
+    return OFTExtension()
