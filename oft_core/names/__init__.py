@@ -1,0 +1,11 @@
+"""Module names: which parameter of a model does a module name in an adapter file mean?
+
+Adapter files come in a dozen spellings (kohya underscores, diffusers, the model authors' own names, text encoder prefixes), and so do the
+models. `NameIndex` reads the parameter names of one model and answers `resolve(module name)` with a dictionary look-up. Pure Python.
+"""
+
+from .families import guess_family
+from .index import NameIndex, Target
+from .spelling import component
+
+__all__ = ["NameIndex", "Target", "component", "guess_family"]

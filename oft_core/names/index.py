@@ -1,0 +1,108 @@
+"""The index of one model: adapter module name -> parameter key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .families import family_of_model
+from .layouts import other_names
+from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a module's weight is: parameter `key`, of it the rows (start, length) or all (None).
+
+    `swap_halves`: the file's upper and lower half of the rows are the model's lower and upper half (shift and scale of an adaptive norm).
+    """
+
+    key: str
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+
+Targets = tuple[Target, ...]
+
+# Who may use a name, best first. A lower rank never replaces a better one.
+_OWN, _FULL, _OTHER_LAYOUT, _PARAMETER = range(4)
+
+
+class NameIndex:
+    """Finds the parameters of one model by the module names of adapter files.
+
+    shapes: every parameter key of the model (checkpoint, bare diffusion model or text encoder, live ComfyUI model, diffusers) -> shape.
+
+    Matching ignores the difference between `.` and `_`. When that, or another layout, makes one name mean two modules, the module that
+    bears the name itself wins over one that has it in another layout; between two equals the name stays unresolved, unless it is
+    written with the model's own dots.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        self._exact: dict[str, Targets] = {}
+        self._tables: dict[str, dict[str, tuple[int, Targets]]] = {part: {} for part in PARTS}
+        base = BaseNames(shapes)
+        keys: dict[str, dict[str, str]] = {part: {} for part in PARTS}
+        for key in shapes:
+            part, path = base.split(key)
+            if part == "none" or _is_transposed(path):
+                continue
+            module = _module(key)
+            target = (Target(key),)
+            self._exact[module] = target
+            rank = _PARAMETER if path.endswith(".bias") else _OWN
+            self._add(part, _module(path), target, rank)
+            self._add(part, module, target, max(rank, _FULL))
+            if not path.endswith(".bias"):
+                keys[part].setdefault(_module(path), key)
+        for part, found in keys.items():
+            for alias in other_names({path: shapes[key] for path, key in found.items()}):
+                targets = tuple(Target(found[path], rows, alias.swap) for path, rows in alias.parts)
+                self._add(part, alias.name, targets, _OTHER_LAYOUT)
+        self.family: str = family_of_model({p: {m: shapes[k] for m, k in found.items()} for p, found in keys.items()})
+
+    def _add(self, part: str, name: str, targets: Targets, rank: int) -> None:
+        table, name = self._tables[part], underscored(name)
+        known = table.get(name)
+        if known is None or rank < known[0]:
+            table[name] = (rank, targets)
+        elif rank == known[0] and known[1] != targets:
+            table[name] = (rank, ())  # two equals: nobody's
+
+    def resolve(self, module: str) -> list[Target]:
+        """Where the weight of an adapter's module is; [] if this model has no such module or the name is ambiguous.
+
+        Several targets: the file's module is one fused matrix whose parts the model stores apart, stacked in this order.
+        """
+        module = clean(module)
+        if module in self._exact:
+            return list(self._exact[module])
+        name = parse(module)
+        for part in (name.part,) if name.part else self._parts_for(name):
+            table = self._tables[part]
+            for path in name.paths:
+                hit = table.get(path)
+                if hit is None and path.endswith("_to_out"):  # diffusers once left out the index of the first sublayer
+                    hit = table.get(path + "_0")
+                if hit is not None:
+                    return list(hit[1])
+        return []
+
+    def _parts_for(self, name: ModuleName) -> Sequence[str]:
+        """Where to look when the prefix does not say: the diffusion model, unless the path shows a text encoder; then the first CLIP."""
+        if name.text == "t5":
+            return ("te3",)
+        clip = "te1" if self._tables["te1"] else "te2"
+        return (clip,) if name.text == "clip" else ("unet", clip)
+
+
+def _module(key: str) -> str:
+    """The module of a parameter; parameters that are not a module's `weight` keep their name."""
+    if key.endswith(".in_proj_weight"):
+        return key.removesuffix("_weight")
+    return key.removesuffix(".weight")
+
+
+def _is_transposed(path: str) -> bool:
+    """open_clip keeps its text projection as (in, out): no adapter of the usual (out, in) projection fits it."""
+    return path == "text_projection"
