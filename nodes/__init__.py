@@ -1,0 +1,1 @@
+"""ComfyUI face of the pack. No mathematics lives here; see `oft_core`."""

@@ -1,0 +1,331 @@
+"""The only file that touches ComfyUI's patching: names of the model's weights, the patch object, adding patches.
+
+An OFT patch is a multiplication, so it cannot be handed over as an additive difference. It goes into
+`ModelPatcher.patches` as a weight adapter object that rotates the weight in place when ComfyUI asks for it: on a full
+load, on every forward of a partly loaded model, for hooks, and when a checkpoint is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.utils
+import torch
+from comfy.weight_adapter.base import WeightAdapterBase
+
+from ..oft_core.adapter import Adapter, Diff, LayerRotation, Patch, Strength
+from ..oft_core.errors import AdapterError, ModelMismatch
+from ..oft_core.names import NameIndex, Target, component, guess_family
+from ..oft_core.report import describe
+from . import cache
+
+log = logging.getLogger("oft")
+
+# What a patch holds: a rotation, or an additive difference (norms and biases of some files).
+ROTATION, DIFF = "rotation", "diff"
+
+
+@contextlib.contextmanager
+def normal_tensors():
+    """Make ordinary tensors although nodes run under inference mode: they outlive the node and may meet autograd."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+class HostIndex(NameIndex):
+    """`NameIndex` over a loaded model, with ComfyUI's own LoRA key tables behind it for families it does not know."""
+
+    def __init__(self, shapes: Mapping[str, Any], aliases: Mapping[str, Target]):
+        super().__init__(shapes)
+        self._aliases = aliases
+
+    def resolve(self, module: str) -> list[Target]:
+        found = super().resolve(module)
+        if found:
+            return found
+        target = self._aliases.get(_plain(module))
+        return [target] if target is not None else []
+
+
+def _plain(name: str) -> str:
+    """One spelling for dotted and underscored names, and for kohya's OFT prefix."""
+    name = name.replace(".", "_")
+    return "lora_unet_" + name[len("oft_unet_") :] if name.startswith("oft_unet_") else name
+
+
+def _aliases(table: Mapping[str, Any]) -> dict[str, Target]:
+    """ComfyUI's key table (name -> key, or (key, (dim, start, length)), or (key, slice or None, function)) as targets."""
+    out: dict[str, Target] = {}
+    for name, to in table.items():
+        key, piece, function = to if isinstance(to, tuple) and len(to) == 3 else (*to, None) if isinstance(to, tuple) else (to, None, None)
+        if piece is not None and piece[0] != 0:
+            continue
+        if function is not None and function is not comfy.utils.swap_scale_shift:
+            continue
+        rows = None if piece is None else (int(piece[1]), int(piece[2]))
+        out.setdefault(_plain(name), Target(key=key, rows=rows, swap_halves=function is not None))
+    return out
+
+
+def _shapes(patcher: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in patcher.model_state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two things that a file can patch: the diffusion model or the text encoders."""
+
+    name: str
+    owner: Any
+    patcher: Any
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, Target]
+
+
+def _model_side(model: Any) -> Side:
+    return Side("model", model, model, _shapes(model), _aliases(comfy.lora.model_lora_keys_unet(model.model, {})))
+
+
+def _clip_side(clip: Any) -> Side:
+    table = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    return Side("clip", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
+
+
+# --- the patch object ------------------------------------------------------------------------------------------------
+
+
+class RotationPatch(WeightAdapterBase):
+    """One layer's change, as ComfyUI's weight adapter.
+
+    ComfyUI may rebuild the object as `type(x)(x.loaded_keys, moved_weights)`, so everything is in `weights`:
+    (tensors, meta, plan) with plan = (kind, batch token, place in the batch, mode, coft, swap_halves). The tensors are
+    the layer's own generator and scales; the token only finds rotations that were already built.
+    """
+
+    name = "oft_rotation"
+
+    def __init__(self, loaded_keys: Iterable[str], weights: tuple):
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+        **_,
+    ):
+        """Rotate `weight` in place by `strength` and return it.
+
+        With an offset ComfyUI hands over a view and drops what is returned, hence in place. `intermediate_dtype` is
+        not used: a rotation built in half precision is not orthogonal. `original_weight` is a tensor or a dict,
+        depending on the caller, and is not needed.
+        """
+        if strength == 0:
+            return weight
+        if function is not None and function.__module__ != comfy.lora.__name__:
+            # Chunk swaps of ComfyUI's key tables, their own inverse. Rotating the rows in the file's order and swapping
+            # back is right for both sides; swapping the difference alone would not be.
+            rows = function(weight).contiguous()
+            self._apply(rows, float(strength))
+            return weight.copy_(function(rows))
+        self._apply(weight, float(strength))
+        return weight
+
+    def _apply(self, weight: torch.Tensor, strength: float) -> None:
+        (tensors, base_norm), plain, (kind, token, place, mode, coft, swap) = self.weights
+        at = Strength(strength, mode, coft)
+        # Autocast would run the products in half precision.
+        with torch.autocast(weight.device.type, enabled=False):
+            if kind == DIFF:
+                op, built = Diff.from_state(tensors, plain), None
+            else:
+                op = LayerRotation.from_state(tensors, plain)
+                with normal_tensors():
+                    built = cache.rotation(token, place, at, weight.device, op)
+            target = _swapped(weight) if swap else weight
+            op.apply_(target, at, rotation=built, base_row_norm=base_norm)
+            if swap:
+                weight.copy_(_swapped(target))
+
+
+def _swapped(weight: torch.Tensor) -> torch.Tensor:
+    """A copy with the two halves of the rows exchanged (AdaLN scale and shift); its own inverse."""
+    first, second = weight.chunk(2, dim=0)
+    return torch.cat((second, first))
+
+
+class Keeper:
+    """Load callback of a patcher: keeps the batches alive, and frees built rotations once the weights are merged."""
+
+    def __init__(self, kept: Iterable[cache.Batch]):
+        self.batches = tuple(kept)
+
+    def __call__(self, patcher: Any, *_: Any) -> None:
+        partly = getattr(patcher.model, "model_lowvram", False)
+        if not partly and not getattr(patcher, "is_dynamic", lambda: False)():
+            cache.release(batch.token for batch in self.batches)
+
+
+def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
+    """Row norms (rows,) float32 of the layer's unpatched, dequantised weight, in the file's row order."""
+    stored, convert = unpatched[patch.key][0]
+    if stored.is_meta or not torch.is_floating_point(stored):
+        raise AdapterError(
+            "This file needs the row norms of the model's own weights, which this quantised model does not show",
+            module=patch.module,
+            found=f"a weight stored as {stored.dtype}",
+            hint="Use an fp16, bf16 or fp8 version of the model.",
+        )
+    weight = convert(stored.detach().to(torch.float32, copy=True), inplace=True)
+    if patch.rows is not None:
+        weight = weight.narrow(0, *patch.rows)
+    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return _swapped(norm) if patch.swap_halves else norm
+
+
+def make_patches(side: Side, patches: Iterable[Patch], mode: str, coft: str | float) -> tuple[list[dict], Keeper]:
+    """ComfyUI patch dictionaries for one side, {key or (key, slice): RotationPatch}, and what must live beside them.
+
+    Several dictionaries only where a file has more than one change for the same rows. The strength is not in them:
+    ComfyUI passes it to each patch, and hooks change it while sampling.
+    """
+    patches = list(patches)
+    turned = [p for p in patches if isinstance(p.op, LayerRotation)]
+    placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned]), strict=True))
+    unpatched = side.patcher.get_key_patches() if any(p.op.needs_base_norm for p in patches) else {}
+    out: list[dict[Any, RotationPatch]] = []
+    for patch in patches:
+        tensors, plain = patch.op.to_state()
+        batch, place = placed.get(id(patch), (None, 0))
+        with normal_tensors():
+            norm = _base_row_norm(unpatched, patch) if patch.op.needs_base_norm else None
+        kind, token = (DIFF, 0) if batch is None else (ROTATION, batch.token)
+        plan = (kind, token, place, mode, coft, patch.swap_halves)
+        key = patch.key if patch.rows is None else (patch.key, (0, *patch.rows))
+        free = next((d for d in out if key not in d), None)
+        if free is None:
+            free = {}
+            out.append(free)
+        free[key] = RotationPatch({patch.module}, ((tensors, norm), plain, plan))
+    return out, Keeper({batch for batch, _ in placed.values()})
+
+
+# --- applying a file -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a node gives on: the patched (or same) model and text encoders, and the report as text."""
+
+    model: Any
+    clip: Any
+    report: str
+    warnings: tuple[str, ...]
+
+
+def apply(adapter: Adapter, model: Any | None, clip: Any | None, at_model: Strength, at_clip: Strength) -> Applied:
+    """Patch clones of `model` and `clip` with the file, each at its own strength.
+
+    model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came, without
+    patches. Raises `ModelMismatch` if no layer of the file belongs to the given models, and `StrengthError` if the
+    mode is not defined for the file.
+    """
+    sides = [_model_side(model)] if model is not None else []
+    if clip is not None:
+        sides.append(_clip_side(clip))
+    shapes = {key: shape for side in reversed(sides) for key, shape in side.shapes.items()}
+    aliases = {name: target for side in reversed(sides) for name, target in side.aliases.items()}
+    index = HostIndex(shapes, aliases)
+    binding = adapter.bind(index)
+    absent = _absent(adapter, model, clip)
+    if not binding.patches:
+        raise _mismatch(adapter, index, absent, binding.unmatched)
+
+    given = {"model": model, "clip": clip}
+    notes: list[str] = []
+    for side in sides:
+        at = at_model if side.name == "model" else at_clip
+        mine = [p for p in binding.patches if _side_of(p, sides) is side]
+        if not mine:
+            continue
+        if at.value == 0:
+            notes.append(f"{side.name}: strength 0, nothing changed.")
+            continue
+        for patch in mine:
+            patch.op.check_strength(at, module=patch.module, file=adapter.name)
+        given[side.name] = _patched(side, mine, at)
+
+    unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
+    report = describe(adapter, replace(binding, unmatched=unmatched), at_model if model is not None else at_clip)
+    left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
+    notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
+    text = "\n".join([report.to_text(), *notes])
+    for warning in report.warnings:
+        log.warning("OFT %s: %s", adapter.name, warning)
+    return Applied(given["model"], given["clip"], text, tuple(report.warnings))
+
+
+def _side_of(patch: Patch, sides: list[Side]) -> Side:
+    return next(side for side in sides if patch.key in side.shapes)
+
+
+def _patched(side: Side, patches: list[Patch], at: Strength) -> Any:
+    """A clone of the side's MODEL or CLIP with the patches added."""
+    clone = side.owner.clone()
+    dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
+    for patch_dict in dictionaries:
+        taken = set(clone.add_patches(patch_dict, at.value))
+        refused = [key for key in patch_dict if key not in taken]
+        if refused:
+            # The keys come from this very model's state dict, so this is a fault of a patcher that a pack has replaced.
+            raise AdapterError(
+                "The model did not accept all patches",
+                found=f"{len(refused)} refused, for instance {refused[0]}",
+                hint="Another custom node may have replaced the model's patching; try without it.",
+            )
+    patcher = clone.patcher if side.name == "clip" else clone
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
+    return clone
+
+
+def _absent(adapter: Adapter, model: Any | None, clip: Any | None) -> dict[str, str]:
+    """Components that the file has and the node was not given, with words for them."""
+    words = {c: "the text encoder (no CLIP given)" if c != "unet" else "the diffusion model (no MODEL given)" for c in map(component, adapter.entries)}
+    return {c: w for c, w in words.items() if (c == "unet" and model is None) or (c != "unet" and clip is None)}
+
+
+def _mismatch(adapter: Adapter, index: NameIndex, absent: Mapping[str, str], unmatched: Mapping[str, str]) -> ModelMismatch:
+    """Why nothing matched, in one sentence."""
+    parts = set(map(component, adapter.entries))
+    if parts <= set(absent):
+        return ModelMismatch(
+            "The file has only layers for a part that this node was not given",
+            file=adapter.name,
+            found=", ".join(sorted({absent[c] for c in parts})),
+            hint="Use Load OFT with both MODEL and CLIP connected.",
+        )
+    made_for, is_a = guess_family(adapter.entries), index.family
+    module, why = next(iter(unmatched.items()), (None, None))
+    return ModelMismatch(
+        "No layer of this file belongs to this model",
+        file=adapter.name,
+        module=module,
+        found=f"a file for {made_for}" + (f" ({why})" if why else ""),
+        expected=f"a file for {is_a}",
+        hint="Choose a file that was trained on this model family.",
+    )
