@@ -1,0 +1,22 @@
+"""Makes `oft_core` and `dev` importable from any test.
+
+Only these two names are offered, not the repository folder: with the folder on sys.path, our `nodes` package would hide
+ComfyUI's module of that name from the tests that import ComfyUI.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+class _RepoPackages:
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(REPO)]) if name in ("oft_core", "dev") else None
+
+
+sys.meta_path.insert(0, _RepoPackages)
