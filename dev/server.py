@@ -3,8 +3,8 @@
     with ComfyServer(host_dir, work_dir, python=python, models_dir=models) as server:
         result = server.client().run(graph)
 
-Everything the server writes lies under `work_dir`: models/{loras,oft,...}, input, output, user, custom_nodes, the
-database and server.log. The host tree itself is only read, so several servers can share it.
+Everything the server writes lies under `work_dir`: models/{loras,oft,...}, input, output, user, custom_nodes,
+the database and server.log. The host tree itself is only read, so several servers can share it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .client import Client
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REPO = Path(__file__).resolve().parent.parent
 PACK_FOLDER = "comfyui-oft"
@@ -72,7 +76,7 @@ class ComfyServer:
     host_dir    the ComfyUI tree (with main.py); only read
     work_dir    everything this instance writes; made if missing
     python      interpreter of the host's virtual environment
-    models_dir  read-only model files shared between instances (checkpoints/, diffusion_models/, text_encoders/, vae/)
+    models_dir  read-only model files that instances share (checkpoints/, diffusion_models/, ...)
     pack        the folder to link as custom_nodes/comfyui-oft, or None
     test_pack   also link the tiny-model nodes of dev/host_nodes
     port        0 = any free port
@@ -116,7 +120,7 @@ class ComfyServer:
 
     @property
     def models(self) -> Path:
-        """This instance's own models folder: put adapter files into ``models/"loras"`` or ``models/"oft"``."""
+        """This instance's own models folder; adapter files go into ``models / "oft"`` or ``"loras"``."""
         return self.work_dir / "models"
 
     @property
@@ -130,7 +134,7 @@ class ComfyServer:
     def client(self) -> Client:
         return Client(self.url)
 
-    def start(self) -> ComfyServer:
+    def start(self) -> Self:
         """Start the process and wait until it answers. Raises ServerError."""
         begun = time.monotonic()
         for name in ("models/loras", "models/oft", "input", "output", "temp", "user", "custom_nodes"):
@@ -203,7 +207,8 @@ class ComfyServer:
                 time.sleep(0.1)
         self.stop()
         raise ServerError(
-            f"ComfyUI gave no answer within {self.start_timeout:.0f} s. Its log {self.log} ends with:\n{tail(self.log)}"
+            f"ComfyUI gave no answer within {self.start_timeout:.0f} s. "
+            f"Its log {self.log} ends with:\n{tail(self.log)}"
         )
 
     def stop(self, patience: float = 10.0) -> None:
@@ -221,7 +226,7 @@ class ComfyServer:
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
-    def __enter__(self) -> ComfyServer:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_exc: object) -> None:

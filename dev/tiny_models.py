@@ -2,10 +2,10 @@
 
 usage: python tiny_models.py HOST_DIR MODELS_DIR     (with the host's Python; takes a few seconds)
 
-    checkpoints/tiny_sd15.safetensors           SD1.5 UNet + full CLIP-L + tiny autoencoder    CheckpointLoaderSimple
-    diffusion_models/tiny_{sd2,sdxl,sd3,sd35}   one diffusion model each                       UNETLoader
-    text_encoders/clip_l.safetensors            full-size CLIP-L                               CLIPLoader
-    vae/tiny_{sd15,sdxl,sd3,flux}.safetensors   tiny autoencoders                              VAELoader
+    checkpoints/tiny_sd15                      SD1.5 UNet, CLIP-L, tiny autoencoder  CheckpointLoaderSimple
+    diffusion_models/tiny_{sd2,sdxl,sd3,sd35}  one diffusion model each              UNETLoader
+    text_encoders/clip_l                       full-size CLIP-L                      CLIPLoader
+    vae/tiny_{sd15,sdxl,sd3,flux}              tiny autoencoders                     VAELoader
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ def tiny_parts(g: Graph, family: str, *, full_depth: bool = False, layers: int =
 
 
 def stock_parts(g: Graph, family: str) -> Parts:
-    """Model files through ComfyUI's own loader nodes: sd15 as a checkpoint; sd3, sd35 as parts; sd2, sdxl as a
-    diffusion model with in-memory text encoders, since their stock encoders are gigabytes."""
+    """Model files through ComfyUI's own loader nodes.
+
+    sd15 is one checkpoint; sd3 and sd35 come in parts; sd2 and sdxl are a diffusion model with in-memory text
+    encoders, since their stock encoders are gigabytes.
+    """
     if family == "sd15":
         node = g.CheckpointLoaderSimple(ckpt_name="tiny_sd15.safetensors")
         return Parts(node[0], node[1], node[2])
@@ -53,7 +56,10 @@ def text_to_image(
     seed: int = 42,
     text: str = "a red cat on a table",
 ) -> Node:
-    """Append encode, sample, decode and preview; returns the PreviewImage node. `adapter` may replace model and clip."""
+    """Append encode, sample, decode and preview; returns the PreviewImage node.
+
+    `adapter` may replace model and clip.
+    """
     if adapter is not None:
         parts = adapter(g, parts)
     positive = g.CLIPTextEncode(clip=parts.clip, text=text)

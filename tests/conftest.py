@@ -1,7 +1,7 @@
 """Makes `oft_core` and `dev` importable from any test.
 
-Only these two names are offered, not the repository folder: with the folder on sys.path, our `nodes` package would hide
-ComfyUI's module of that name from the tests that import ComfyUI.
+Only these two names are offered, not the repository folder: with that on sys.path, our `nodes` package would
+hide ComfyUI's module of that name from the tests that import ComfyUI.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Test-only ComfyUI nodes: tiny models of every family, and a window into patched weights. Never shipped to users."""
+"""Test-only ComfyUI nodes: tiny models of every family, and a window into patched weights."""
 
 from __future__ import annotations
 

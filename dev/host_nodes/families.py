@@ -3,8 +3,8 @@
 Two kinds exist, because stock loaders recognise a family partly by its widths:
 
 * stock files (`STOCK`): as small as the loader nodes accept, written to disk by ``dev/tiny_models.py``;
-* in-memory models (`IN_MEMORY`): far narrower, handed out by the test node ``Tiny_Checkpoint``. With ``full_depth`` the
-  UNet families and Flux have exactly the layer names of the real model, so name handling is tested for real.
+* in-memory models (`IN_MEMORY`): far narrower, handed out by the test node ``Tiny_Checkpoint``. With
+  ``full_depth`` the UNet families and Flux have exactly the layer names of the real model.
 
 All weights depend only on the tensor's name and the seed, never on the order of creation.
 """
@@ -230,7 +230,7 @@ def taesd_state(family: str, seed: int = 0, prefix: str = "") -> dict[str, torch
         model = comfy.taesd.taesd.TAESD(latent_channels=LATENT_CHANNELS[family])
     state = random_state(model, torch.float32, seed, prefix)
     for name, tensor in state.items():
-        # Small residual branches and a soft last layer keep pictures inside the visible range instead of black and white.
+        # Small residual branches and a soft last layer keep pictures inside the visible range.
         if name.endswith("conv.4.weight"):
             tensor.mul_(0.3)
         elif name.endswith("taesd_decoder.18.weight"):
@@ -264,13 +264,13 @@ def make_model(family: str, full_depth: bool = False, seed: int = 0) -> comfy.mo
     return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), offload)
 
 
-# --- text encoders -------------------------------------------------------------------------------------------------
+# --- text encoders ---
 
 _VOCABULARY = 1024
 
 
 def _fold(token: int) -> int:
-    """Token id of the real tokenizer -> id in the small table. CLIP's start and end stay the last two; low ids stay."""
+    """Id of the real tokenizer -> id in the small table; CLIP's start and end stay the last two."""
     if token in (49406, 49407):
         return token - 49408 + _VOCABULARY
     return token if token < 8 else 8 + token % (_VOCABULARY - 16)

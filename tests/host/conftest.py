@@ -1,10 +1,10 @@
 """Fixtures for tests against a real ComfyUI.
 
-    host         the session's running server (dev.server.ComfyServer): .url .log .output .models ("oft", "loras" folders)
+    host         the session's running server (dev.server.ComfyServer): .url .log .output .models
     client       dev.client.Client for it: client.run(graph) -> Result
     models       folder of the tiny model files that the server lists
     oft_dir      where to put adapter files: listed by our loader at once
-    make_server  start a further server with other options: make_server(extra_args=[...]); stopped after the test
+    make_server  start a further server with other options: make_server(extra_args=[...])
     comfy        ComfyUI imported into this process (CPU), for tests of single functions
     pack         our pack imported into this process as ComfyUI would: pack.nodes, pack.oft_core
 

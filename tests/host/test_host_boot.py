@@ -84,7 +84,7 @@ def test_example_workflows_are_in_the_menu(client: Client) -> None:
     assert sorted(client.json("/workflow_templates").get(PACK_FOLDER, [])) == names
 
 
-# --- the harness itself -----------------------------------------------------------------------------------------------
+# --- the harness itself ---
 
 
 @pytest.mark.parametrize("family", FAMILIES)

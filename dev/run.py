@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""The two commands for a fresh machine that has only Python (3.10 or newer) and git:
+
+    python dev/run.py demo [--serve] [--port N]   draw pictures with an OFT file in a real ComfyUI
+    python dev/run.py test [-- PYTEST_ARGS...]    lint, then all tests, also against a real ComfyUI
+
+The first run installs a ComfyUI and the test tools into ``.cache`` (set OFT_CACHE for another place); later runs
+start at once. Nothing outside that folder is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def run_tests(host, pytest_args: list[str]) -> int:
+    """Ruff, then pytest over tests/. Returns the exit status; pytest's summary is the last thing printed."""
+    print("Checking the code with ruff ...", flush=True)
+    if subprocess.call([str(host.python), "-m", "ruff", "check", "."], cwd=REPO):
+        print("ruff found faults (above); the tests were not run.", flush=True)
+        return 1
+    env = {
+        **os.environ,
+        "OFT_HOST_DIR": str(host.tree),
+        "OFT_CACHE": str(host.cache),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    env.pop("PYTHONPATH", None)
+    command = [str(host.python), "-m", "pytest", "-c", "tests/pytest.ini"]
+    # Paths among the arguments choose what runs; without any it is everything.
+    if not any((REPO / a.split("::")[0]).exists() for a in pytest_args if not a.startswith("-")):
+        command.append("tests")
+    return subprocess.call([*command, *pytest_args], cwd=REPO, env=env)
+
+
+def main(argv: list[str]) -> int:
+    if sys.version_info < (3, 10):  # noqa: UP036 (the file must still say so in words on an older Python)
+        print("Python 3.10 or newer is needed; this is " + sys.version.split()[0])
+        return 2
+    parser = argparse.ArgumentParser(prog="run.py", description="Try the OFT pack, or test it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    test = commands.add_parser("test", help="lint and run all tests")
+    test.add_argument("pytest_args", nargs="*", help="passed to pytest; put -- before options")
+    demo = commands.add_parser("demo", help="draw a sheet of pictures in a real ComfyUI")
+    demo.add_argument("--serve", action="store_true", help="keep ComfyUI running until Ctrl-C")
+    demo.add_argument("--port", type=int, default=0, help="port of the page (default: any free one)")
+    demo.add_argument("--out", type=Path, help="where to put the sheet (default: in the cache folder)")
+    options = parser.parse_args(argv)
+
+    sys.path.insert(0, str(REPO))
+    from dev.host import Host, InstallError, cache_dir, ensure_models
+
+    try:
+        host = Host(cache_dir()).install()
+        models = ensure_models(host.python, host.tree, host.cache, lambda text: print(text, flush=True))
+        if options.command == "test":
+            return run_tests(host, options.pytest_args)
+    except InstallError as fault:
+        print(fault, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again to go on.", flush=True)
+        return 130
+    command = [str(host.python), "-m", "dev.demo", str(host.tree), str(models), str(host.cache)]
+    command += ["--port", str(options.port), *(["--serve"] if options.serve else [])]
+    command += ["--out", str(options.out.resolve())] if options.out else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("PYTHONPATH", None)
+    process = subprocess.Popen(command, cwd=REPO, env=env)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the demo got the same Ctrl-C and is stopping its server
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
