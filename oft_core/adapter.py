@@ -1,0 +1,300 @@
+"""From a file to the one in-memory form, and from there to the parameters of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .constraint import Strength
+from .errors import FileError, FormatError, ModelMismatch, ValueFault
+from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, group, what_is_it
+from .formats.common import Piece
+from .layer import Built, Diff, LayerRotation, build_all
+from .names import NameIndex, Target, component, guess_family
+
+__all__ = ["Adapter", "Binding", "Entry", "Patch", "build_all", "load_adapter", "read_tensors"]
+
+
+@dataclass
+class Entry:
+    """One adapted layer as the file names it."""
+
+    module: str
+    dialect: str
+    make: Maker
+
+    @property
+    def component(self) -> str:
+        return component(self.module)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One operation on one parameter of a model.
+
+    key: the parameter in the base.   rows: (start, length) along dimension 0, None for all.
+    swap_halves: the file's row order is [second half, first half] of the base's (AdaLN layers in diffusers' order).
+    """
+
+    module: str
+    key: str
+    op: LayerRotation | Diff
+    component: str = "unet"
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+    def apply_(
+        self, weight: Tensor, strength: Strength, *, rotation: Built | None = None, base_row_norm: Tensor | None = None
+    ) -> None:
+        """Apply to the whole parameter ``weight`` in place; see ``LayerRotation.apply_``. base_row_norm: (rows,) in base order."""
+        view = weight if self.rows is None else weight.narrow(0, *self.rows)
+        apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, base_row_norm=base_row_norm)
+
+
+def apply_swapped_(
+    op: LayerRotation | Diff, view: Tensor, strength: Strength, swap: bool, *,
+    rotation: Built | None = None, base_row_norm: Tensor | None = None,
+) -> None:
+    """Apply ``op`` in place to ``view``, through a copy with exchanged halves if ``swap`` (one small AdaLN layer a model)."""
+    if strength.value == 0:
+        return
+    if not swap:
+        op.apply_(view, strength, rotation=rotation, base_row_norm=base_row_norm)
+        return
+    half = view.shape[0] // 2
+    work = torch.cat([view[half:], view[:half]])
+    norm = None if base_row_norm is None else torch.cat([base_row_norm[half:], base_row_norm[:half]])
+    op.apply_(work, strength, rotation=rotation, base_row_norm=norm)
+    view[:half].copy_(work[half:])
+    view[half:].copy_(work[:half])
+
+
+@dataclass
+class Binding:
+    """An adapter's layers placed on a model: patches in the file's order; module -> reason for those that found no place."""
+
+    adapter: Adapter
+    patches: list[Patch] = field(default_factory=list)
+    matched: list[str] = field(default_factory=list)
+    unmatched: dict[str, str] = field(default_factory=dict)
+
+    def check(self, strength: Strength, components: Sequence[str] | None = None) -> None:
+        """Raises StrengthError if the strength is not defined for one of the layers (of the given components)."""
+        for p in self.patches:
+            if components is None or p.component in components:
+                p.op.check_strength(strength, module=p.module, file=self.adapter.path)
+
+
+@dataclass
+class Adapter:
+    """Everything that a file holds, in one convention whatever wrote it."""
+
+    path: str
+    name: str
+    dialect: str
+    title: str
+    reason: str
+    metadata: dict[str, str]
+    notes: list[str]
+    entries: dict[str, Entry]
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def components(self) -> list[str]:
+        """Which parts of a model the file adapts: unet, te1, te2, te3."""
+        return sorted({e.component for e in self.entries.values()}, key=("unet", "te1", "te2", "te3").index)
+
+    def operations(self) -> dict[str, list[Piece]]:
+        """Module -> pieces without a model at hand (layers taken as plain Linear); for inspection."""
+        return {name: entry.make(None) for name, entry in self.entries.items()}
+
+    def bind(self, index: NameIndex, *, strict: bool = True) -> Binding:
+        """Place every layer on the parameters that ``index`` knows.
+
+        Raises ShapeError for a layer that is found but does not fit (the file is for another model), ModelMismatch if ``strict`` and
+        nothing matches. Layers that are not found stand in ``unmatched``.
+        """
+        binding = Binding(self)
+        for name, entry in self.entries.items():
+            targets = index.resolve(name)
+            if not targets:
+                binding.unmatched[name] = "no such layer in this model"
+                continue
+            placed = self._place(entry, targets, index)
+            if not placed:
+                binding.unmatched[name] = "the layer has no parameter of this kind"
+                continue
+            binding.patches += placed
+            binding.matched.append(name)
+        if strict and not binding.matched:
+            raise ModelMismatch(
+                "Nothing in this file belongs to the model", file=self.path,
+                found=f"{len(self.entries)} layers for {guess_family(self.entries)}, e.g. {next(iter(self.entries))}",
+                expected=f"layers of {index.family}", hint="Choose an adapter that was trained for this kind of model.",
+            )
+        return binding
+
+    def _place(self, entry: Entry, targets: list[Target], index: NameIndex) -> list[Patch]:
+        shapes = index.shapes
+        rows = [t.rows[1] if t.rows else shapes[t.key][0] for t in targets]
+        # A layer that is one in the file and several in the model is seen by the reader as one.
+        shape = (sum(rows), *shapes[targets[0].key][1:])
+        out: list[Patch] = []
+        for piece in entry.make(shape):
+            begin, length = piece.rows or (0, shape[0])
+            seen = (length, *shape[1:]) if piece.param == "weight" else (length,)
+            piece.op.check_shape(seen, module=entry.module, file=self.path)
+            at = 0
+            for target, height in zip(targets, rows):
+                low, high = max(begin, at), min(begin + length, at + height)
+                at += height
+                if low >= high:
+                    continue
+                key = target.key if piece.param == "weight" else bias_key(target.key)
+                if key not in shapes:
+                    continue
+                op = piece.op
+                if (low, high) != (begin, begin + length):
+                    op = op.rows_slice(low - begin, high - low, module=entry.module)
+                start = low - (at - height) + (target.rows[0] if target.rows else 0)
+                whole = start == 0 and high - low == shapes[key][0]
+                swap = target.swap_halves and not (isinstance(op, LayerRotation) and op.side == "in" and op.row_scale is None)
+                out.append(Patch(entry.module, key, op, entry.component, None if whole else (start, high - low), swap))
+        return out
+
+
+def bias_key(key: str) -> str:
+    """The bias beside a weight: ``x.weight`` -> ``x.bias``, ``x.in_proj_weight`` -> ``x.in_proj_bias``."""
+    return key[: -len("weight")] + "bias" if key.endswith("weight") else key
+
+
+def load_adapter(path: str | os.PathLike, options: ReadOptions | None = None) -> Adapter:
+    """Read an OFT file (or a PEFT folder) of any dialect.
+
+    Raises FileError (missing, damaged, pickle not allowed), FormatError (not OFT; says what it is), ShapeError, ValueFault (NaN).
+    """
+    options = options or ReadOptions()
+    path = Path(path)
+    if path.is_dir():
+        inside = [p for n in ("adapter_model.safetensors", "adapter_model.bin") if (p := path / n).is_file()]
+        if not inside:
+            raise FileError("The folder holds no adapter", file=path, expected="adapter_model.safetensors in it")
+        path = inside[0]
+    if not path.is_file():
+        raise FileError("There is no such file", file=path)
+    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt"):
+        tensors, metadata = _read_pickle(path, options), {}
+    else:
+        tensors, metadata = _read_safetensors(path)
+    return read_tensors(tensors, metadata, name=str(path), config=_neighbour_config(path), options=options)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        with open(path, "rb") as f:
+            head = f.read(4)
+        kind = "a pickle or zip file" if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") else f"{path.stat().st_size} bytes"
+        raise FileError(
+            "The file is damaged or not a safetensors file", file=path, found=f"{kind} ({error})",
+            expected="a complete safetensors file", hint="Download or copy it again.",
+        ) from error
+
+
+def _read_pickle(path: Path, options: ReadOptions) -> dict[str, Tensor]:
+    if not options.allow_pickle:
+        raise FileError(
+            "This is a pickle file, which can run code when it is read", file=path, expected="a safetensors file",
+            hint="If you trust it, allow pickles explicitly (--allow-pickle); it is read with weights_only.",
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise FileError("The pickle is damaged or holds more than tensors, and is refused", file=path, found=reason) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise FileError("The file is damaged or not a pickle", file=path, found=str(error).splitlines()[0]) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise FormatError("The pickle holds no state dict", file=path, found=type(state).__name__)
+    return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def _neighbour_config(path: Path) -> dict | None:
+    """``adapter_config.json`` of an OFT or BOFT adapter in the same folder, else None."""
+    config = path.parent / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError("The adapter_config.json beside the file cannot be read", file=config, found=str(error)) from error
+    if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT"):
+        return content
+    return None
+
+
+def read_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    name: str = "memory",
+    config: Mapping[str, object] | None = None,
+    options: ReadOptions | None = None,
+) -> Adapter:
+    """The same from tensors in memory. metadata: the safetensors header's; config: PEFT's adapter_config, if there is one."""
+    metadata = dict(metadata or {})
+    kohya_names = any(k.startswith(("lora_", "oft_unet_", "oftv2_", "lycoris_")) for k in tensors)
+    peft_keys = any(k.startswith("base_model.model.") for k in tensors) or (config is not None and not kohya_names)
+    context = Context(name, metadata, config if peft_keys else None, options or ReadOptions(), peft_keys)
+    modules, unknown = group(tensors, context)
+    entries: dict[str, Entry] = {}
+    reasons: dict[str, str] = {}
+    for module in modules.values():
+        found = detect(module)
+        if found is None:
+            unknown += [f"{module.name}.{s}" for s in module.tensors if s not in ("alpha", "I")]
+            continue
+        _check_values(module)
+        dialect, reason = found
+        reasons.setdefault(dialect, reason)
+        entries[module.name] = Entry(module.name, dialect, DIALECTS[dialect].read(module))
+    count = Counter(e.dialect for e in entries.values() if e.dialect != "F5d")
+    if not count:
+        raise FormatError(
+            f"This is not an OFT file but {what_is_it(list(tensors))}", file=name,
+            found=f"{len(tensors)} tensors" + (f", e.g. {next(iter(tensors))}" if tensors else ""),
+            expected="OFT layers (oft_blocks, oft_R, oft_r, oft_diag, boft_R ...)",
+        )
+    dialect = count.most_common(1)[0][0]
+    for entry in entries.values():
+        if entry.dialect != "F5d":
+            entry.make(None)  # shape faults and remarks show now, not at the first use
+    if unknown:
+        context.note(f"{len(unknown)} keys are not understood and not applied, e.g. {unknown[0]}")
+    return Adapter(
+        name, Path(name).name, dialect, DIALECTS[dialect].title, reasons[dialect], metadata, context.notes, entries, unknown
+    )
+
+
+def _check_values(module: Module) -> None:
+    for suffix, tensor in module.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueFault(
+                "The file holds numbers that are not finite", file=module.context.file, module=f"{module.name}.{suffix}",
+                found="NaN or Inf", expected="finite numbers", hint="The training run broke; use an earlier save.",
+            )
+
+

@@ -1,0 +1,94 @@
+"""``python -m oft_core``: inspect a file, merge it into a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from .adapter import load_adapter
+from .constraint import COFT_CHOICES, MODES, Strength
+from .errors import AdapterError
+from .formats import ReadOptions
+from .merge import DTYPES, merge_file
+from .report import describe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 an error that is printed, 2 wrong usage (by argparse)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except AdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.strerror or error}; file: {error.filename}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m oft_core", description="Orthogonal Fine-Tuning files: inspect, merge.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    reading = argparse.ArgumentParser(add_help=False)
+    group = reading.add_argument_group("reading (what tensors alone cannot tell; auto follows the file's metadata)")
+    group.add_argument("--allow-pickle", action="store_true", help="also read .bin/.pt files, tensors only")
+    for name, choices in ReadOptions.CHOICES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", choices=choices, default="auto")
+
+    inspect = commands.add_parser("inspect", parents=[reading], help="say what a file is and holds")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser("merge", parents=[reading], help="bake an adapter into a model file")
+    merge.add_argument("adapter", metavar="ADAPTER")
+    merge.add_argument("base", metavar="BASE", help="any safetensors model file or part of one")
+    merge.add_argument("-o", "--output", required=True, metavar="OUT")
+    merge.add_argument("--strength", type=float, default=1.0, metavar="S")
+    merge.add_argument("--mode", choices=MODES, default="rotation")
+    merge.add_argument("--coft", default="file", metavar="|".join((*COFT_CHOICES, "DEGREES")))
+    merge.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of every floating-point tensor in OUT")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _options(args: argparse.Namespace) -> ReadOptions:
+    return ReadOptions(args.allow_pickle, **{name: getattr(args, name) for name in ReadOptions.CHOICES})
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    report = describe(load_adapter(args.file, _options(args)))
+    print(report.to_json() if args.json else report.to_text())
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    strength = Strength(args.strength, args.mode, args.coft)
+    adapter = load_adapter(args.adapter, _options(args))
+    bar = _Bar() if sys.stderr.isatty() else None
+    binding = merge_file(adapter, args.base, args.output, strength, dtype=args.dtype, progress=bar)
+    print(f"{adapter.title} ({adapter.dialect}): {len(binding.matched)} of {len(adapter.entries)} layers merged into {args.output}")
+    for note in adapter.notes:
+        print(f"note: {note}")
+    for module, reason in binding.unmatched.items():
+        print(f"not applied: {module}: {reason}", file=sys.stderr)
+    return 0
+
+
+class _Bar:
+    """A one-line progress bar on a terminal."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 * done // max(1, total)
+        if percent == self.shown:
+            return
+        self.shown = percent
+        left = (time.monotonic() - self.start) / max(1, done) * (total - done)
+        end = "\n" if done >= total else ""
+        print(f"\r[{'#' * (percent // 4):<25}] {percent:3d} %  {left:4.0f} s left", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,69 @@
+"""What can go wrong with an adapter, as named errors that a person can act on."""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Base of all errors of this library.
+
+    Every field but ``message`` is optional; ``str()`` joins those that are known into one readable text.
+
+    message: what happened, one sentence.   file: path or name of the file concerned.
+    module: the layer concerned, as spelled in the file.   found / expected: the two sides of a mismatch.
+    hint: what the user can do about it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: object = None,
+        module: str | None = None,
+        found: object = None,
+        expected: object = None,
+        hint: str | None = None,
+    ):
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.module = module
+        self.found = found
+        self.expected = expected
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        parts = [self.message.rstrip(".")]
+        if self.file:
+            parts.append(f"file: {self.file}")
+        if self.module:
+            parts.append(f"module: {self.module}")
+        if self.found is not None:
+            parts.append(f"found: {self.found}")
+        if self.expected is not None:
+            parts.append(f"expected: {self.expected}")
+        text = "; ".join(parts) + "."
+        return f"{text} {self.hint}" if self.hint else text
+
+
+class FileError(AdapterError):
+    """The file is missing, truncated, not safetensors, or a pickle that was not allowed."""
+
+
+class FormatError(AdapterError):
+    """The file is readable but is not an OFT adapter, or contradicts itself."""
+
+
+class ShapeError(AdapterError):
+    """Tensor shapes do not fit each other or the layer they are for."""
+
+
+class ValueFault(AdapterError):
+    """The file holds NaN or infinite numbers."""
+
+
+class ModelMismatch(AdapterError):
+    """Nothing in the file belongs to the given model."""
+
+
+class StrengthError(AdapterError):
+    """The mode or strength is not defined for this file."""

@@ -1,0 +1,186 @@
+"""What every dialect reader is given, and the small steps they share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..constraint import Constraint
+from ..errors import FormatError, ShapeError
+from ..layer import Diff, LayerRotation
+from ..rotation import block_size_of, pack_skew
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What tensors alone cannot tell; ``auto`` follows metadata, then the documented default.
+
+    allow_pickle: read .bin/.pt files (with ``weights_only=True``).   peft_neumann: ``old`` (PEFT 0.16-0.17) or ``new`` series.
+    alpha_rule: limit of ``oft_blocks`` files, ``scaled`` (alpha times output size) or ``raw`` (ComfyUI's trainer).
+    scaled_divisor: of ``scaled_oft`` files, ``new`` 2 sqrt(b-1) or ``old`` sqrt(b(b-1)/2) (fork files before March 2026).
+    rotate_bias: kohya files of 2023 rotated the bias as well while training; default off, as that tool's own merge.
+    oft_diag: old LyCORIS matrices, ``rotation`` or ``additive``.   boft_conv: PEFT BOFT convolutions, ``old`` (before 0.14) or ``new``.
+    """
+
+    allow_pickle: bool = False
+    peft_neumann: str = "auto"
+    alpha_rule: str = "auto"
+    scaled_divisor: str = "auto"
+    rotate_bias: str = "auto"
+    oft_diag: str = "auto"
+    boft_conv: str = "auto"
+
+    CHOICES = {
+        "peft_neumann": ("auto", "old", "new"),
+        "alpha_rule": ("auto", "scaled", "raw"),
+        "scaled_divisor": ("auto", "new", "old"),
+        "rotate_bias": ("auto", "on", "off"),
+        "oft_diag": ("auto", "rotation", "additive"),
+        "boft_conv": ("auto", "old", "new"),
+    }
+
+    def __post_init__(self) -> None:
+        for name, allowed in self.CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One operation on one parameter of a layer: ``weight`` or ``bias``, all rows or (start, length)."""
+
+    op: LayerRotation | Diff
+    param: str = "weight"
+    rows: tuple[int, int] | None = None
+
+
+#: weight shape, or None if no model is at hand (then a plain Linear layer is assumed) -> what to do.
+Maker = Callable[[Sequence[int] | None], list[Piece]]
+
+
+@dataclass
+class Context:
+    """Facts about the whole file that readers may need."""
+
+    file: str
+    metadata: Mapping[str, str]
+    config: Mapping[str, object] | None
+    options: ReadOptions
+    peft_keys: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Remember a remark for the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def json(self, key: str) -> dict:
+        """A metadata value that holds a JSON object; {} if absent or not one."""
+        try:
+            value = json.loads(self.metadata.get(key, "") or "{}")
+        except json.JSONDecodeError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def trainer_metadata(self) -> bool:
+        """Whether a kohya-style or LyCORIS trainer left its metadata."""
+        return any(k.startswith("ss_") for k in self.metadata) or "lycoris_config" in self.metadata
+
+
+@dataclass
+class Module:
+    """All tensors of one adapted layer, by suffix."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    context: Context
+
+    def __contains__(self, suffix: str) -> bool:
+        return suffix in self.tensors
+
+    def get(self, suffix: str) -> Tensor | None:
+        """The tensor in float32, or None."""
+        t = self.tensors.get(suffix)
+        return None if t is None else t.detach().to(torch.float32)
+
+    def number(self, suffix: str) -> float | None:
+        """A stored scalar as a float; None if absent. Raises ShapeError if it is not a scalar."""
+        t = self.tensors.get(suffix)
+        if t is None:
+            return None
+        if t.numel() != 1:
+            raise self.shape_error(f"'{suffix}' must be a single number", tuple(t.shape), "one value")
+        return float(t.detach().double().reshape(()))
+
+    def blocks(self, suffix: str, ndim: int = 3) -> Tensor:
+        """Square blocks (..., b, b) in float32. Raises ShapeError if they are not square or of another rank."""
+        t = self.get(suffix)
+        if t.ndim != ndim or t.shape[-1] != t.shape[-2] or t.shape[-1] < 2 or t.numel() == 0:
+            raise self.shape_error(f"'{suffix}' must hold square blocks", tuple(t.shape), "(" + "n, " * (ndim - 2) + "b, b), b >= 2")
+        return t
+
+    def packed(self, suffix: str) -> tuple[Tensor, int]:
+        """Packed skew vectors (1, n, b(b-1)/2) in float32 and b. Raises ShapeError for an impossible length."""
+        v = self.get(suffix)
+        b = block_size_of(v.shape[-1]) if v.ndim == 2 and v.shape[0] else None
+        if b is None:
+            raise self.shape_error(f"'{suffix}' must hold packed skew vectors", tuple(v.shape), "(blocks, b(b-1)/2)")
+        return v.unsqueeze(0), b
+
+    def row_factors(self, suffix: str) -> Tensor:
+        """One factor an output row, float32 (out,)."""
+        return self.get(suffix).reshape(-1)
+
+    def shape_error(self, message: str, found: object, expected: object) -> ShapeError:
+        return ShapeError(message, file=self.context.file, module=self.name, found=found, expected=expected)
+
+    def format_error(self, message: str, found: object = None, expected: object = None) -> FormatError:
+        return FormatError(message, file=self.context.file, module=self.name, found=found, expected=expected)
+
+
+def skew_pack(a: Tensor, half: bool = False) -> Tensor:
+    """Stored square blocks A (..., b, b) -> packed A - A^T, or (A - A^T)/2 if ``half``."""
+    return pack_skew(a - a.transpose(-1, -2)) * (0.5 if half else 1.0)
+
+
+def frobenius(packed: Tensor, per_block: bool) -> Tensor:
+    """Frobenius norm of the skew matrices behind packed vectors (stages, n, p): (n,) each (one stage), or () over everything."""
+    norm = packed.double().square().sum((0, -1)) if per_block else packed.double().square().sum()
+    return (2 * norm).sqrt().float()
+
+
+def side_length(shape: Sequence[int], side: str) -> int:
+    """Length of the flattened weight's output or input axis."""
+    rest = 1
+    for n in shape[1:]:
+        rest *= n
+    return shape[0] if side == "out" else rest
+
+
+def block_count(module: Module, stored: int, block: int, shape: Sequence[int] | None, side: str, shared: bool) -> int:
+    """Number of blocks along the axis: as stored, or from the layer where one block is shared.
+
+    Raises ShapeError if a shared block does not divide the layer. A block count that does not fit is found later, at binding.
+    """
+    if stored > 1 or not shared or shape is None:
+        return stored
+    length = side_length(shape, side)
+    if length % block:
+        raise module.shape_error("The shared block does not divide the layer", f"block {block}, size {length}", "a divisor")
+    return length // block
+
+
+def conv_like(shape: Sequence[int] | None) -> bool:
+    """Whether a weight of this shape belongs to a convolution (any kernel size); False if no shape is known."""
+    return shape is not None and len(shape) > 2
+
+
+def truth(value: object) -> bool:
+    """A flag from JSON metadata or a config: true, 1, "True"."""
+    return value is True or str(value).lower() in ("true", "1", "1.0")
+

@@ -1,0 +1,152 @@
+"""F11-F14: "OFT v2" of OneTrainer, its pull requests and forks, musubi-tuner's LTX-2 fork, sd-scripts and Takenoko.
+
+All store packed skew vectors on the input side and, unlike PEFT, rotate convolutions in the opposite direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..constraint import Constraint
+from ..layer import Diff, LayerRotation
+from .common import Maker, Module, Piece, block_count, conv_like, frobenius, truth
+
+#: OneTrainer dropped COFT on this day; its configs up to then may switch it on.
+COFT_EPS = 1e-4
+#: Until this day fork files with the ``scaled_oft`` marker divided by sqrt(b(b-1)/2).
+SCALED_SINCE = "2026-03-04"
+
+
+def flag(module: Module, suffix: str) -> bool:
+    """A stored marker: present and not false (an empty tensor counts as set)."""
+    t = module.tensors.get(suffix)
+    return t is not None and (t.numel() == 0 or bool(t.reshape(-1)[0]))
+
+
+def divisor(module: Module, b: int) -> float:
+    """What the generator is divided by (scaled OFT, so that one learning rate serves every block size)."""
+    scaled = flag(module, "oft_R.scaled_oft")
+    stored = module.number("scaled_oft_metadata")
+    if stored is not None:
+        scaled = bool(stored)
+    if not scaled:
+        return 1.0
+    choice = module.context.options.scaled_divisor
+    date = module.context.metadata.get("modelspec.date", "")
+    if choice == "old" or choice == "auto" and "" < date < SCALED_SINCE:
+        module.context.note("Scaled OFT with the divisor of early fork files, sqrt(b(b-1)/2) (read option scaled_divisor).")
+        return math.sqrt(b * (b - 1) / 2)
+    return 2 * math.sqrt(b - 1)
+
+
+def coft_limit(module: Module, packed: torch.Tensor) -> Constraint | None:
+    """eps / sqrt(blocks) per block, if the file's flags or training config switch COFT on."""
+    eps = None
+    if "oft_coft_metadata" in module:
+        if module.number("oft_coft_metadata"):
+            eps = module.number("coft_eps_metadata")
+            eps = 6e-5 if eps is None else eps
+    elif "oft_coft_buffer" in module:
+        if module.number("oft_coft_buffer"):
+            eps = module.number("oft_coft_eps_buffer")
+            eps = 6e-5 if eps is None else eps
+    else:
+        config = module.context.json("ot_config")
+        if truth(config.get("oft_coft")):
+            eps = float(config.get("coft_eps", COFT_EPS))
+    if eps is None:
+        return None
+    return Constraint("eps / sqrt(blocks), per block", eps / math.sqrt(packed.shape[1]), frobenius(packed, True))
+
+
+def read_oft_v2(module: Module) -> Maker:
+    """F11-F14: Linear W R^T, Conv W R; then an optional DoRA row factor."""
+    takenoko = "oft_rotation.weight" in module
+    packed, b = module.packed("oft_rotation.weight" if takenoko else "oft_R.weight")
+    stored = packed.shape[1]
+    exponential = "oft_R.cans_exp" in module
+    kind, terms = "neumann", 5
+    if exponential:
+        kind = "expm"
+    elif flag(module, "oft_R.cans_oft"):
+        kind = "cayley"
+    if takenoko:
+        use = module.number("oft_use_cayley_neumann_buffer")
+        kind = "neumann" if use is None or use else "cayley"
+        terms = int(module.number("oft_num_cayley_neumann_terms_buffer") or 5)
+    direction = -1.0 if takenoko and kind == "cayley" else 1.0
+    clip = module.number("oft_R.clipped_oft")
+    ratio, norm_of = dora_factor(module)
+    limited = coft_limit(module, packed)
+    lokr = lokr_delta(module)
+
+    def make(shape: Sequence[int] | None) -> list[Piece]:
+        conv = conv_like(shape)
+        if exponential:
+            # The matrix-exponential variant always scales, and scales convolutions twice as much.
+            by = math.sqrt(b - 1) * (2 if conv else 1) if flag(module, "oft_R.scaled_oft") else 1.0
+        else:
+            by = divisor(module, b)
+        sign = direction * (-1.0 if conv else 1.0)
+        rotation = LayerRotation(
+            "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
+            # Training projected linear layers only.
+            constraint=None if conv or limited is None else limited,
+            clip=clip, row_scale=ratio, norm_of=norm_of,
+        )
+        return [*lokr, Piece(rotation)]
+
+    return make
+
+
+def dora_factor(module: Module) -> tuple[torch.Tensor | None, str]:
+    """(row factor, which norm it is still to be divided by) of the DoRA variants; (None, "") without one."""
+    if "lora_magnitude_vector.weight" in module:
+        return module.row_factors("lora_magnitude_vector.weight"), "current"
+    factor: torch.Tensor | None = None
+    norm_of = ""
+    if "dora_scale" in module:
+        factor = module.row_factors("dora_scale")
+        if "initial_norm" in module:
+            factor = factor / module.row_factors("initial_norm").clamp_min(1e-12)
+        else:
+            norm_of = "base"
+    for suffix in ("dora_log_multiplier", "dora_log_multiplier_row"):
+        if suffix in module:
+            extra = module.row_factors(suffix).exp()
+            factor = extra if factor is None else factor * extra
+    if "dora_multiplier" in module:
+        extra = module.row_factors("dora_multiplier")
+        factor = extra if factor is None else factor * extra
+    return factor, norm_of
+
+
+def lokr_delta(module: Module) -> list[Piece]:
+    """DoKr-OFT: the Kronecker product that is added to the weight before it is rotated; [] without one."""
+    def factor(name: str) -> tuple[torch.Tensor | None, int | None]:
+        whole = module.get(name)
+        if whole is not None:
+            return whole, None
+        a, c = module.get(f"{name}_a"), module.get(f"{name}_b")
+        if a is None or c is None:
+            return None, None
+        return (a.flatten(1) @ c.flatten(1)).view(a.shape[0], *c.shape[1:]), c.shape[0]
+
+    first, rank1 = factor("lokr_w1")
+    second, rank2 = factor("lokr_w2")
+    if first is None and second is None:
+        return []
+    if first is None or second is None or "lokr_t2" in module:
+        raise module.format_error(
+            "The LoKr part of this layer is not of a known form", found=sorted(s for s in module.tensors if s.startswith("lokr")),
+            expected="lokr_w1 and lokr_w2, whole or as _a and _b",
+        )
+    rank = rank2 or rank1
+    alpha = module.number("alpha")
+    scale = 1.0 if rank is None or alpha is None else alpha / rank
+    if first.ndim < second.ndim:
+        first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+    return [Piece(Diff(torch.kron(first, second.contiguous()) * scale))]

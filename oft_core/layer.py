@@ -1,0 +1,504 @@
+"""The canonical form of one adapted layer: what is stored, its matrix at a strength, and its application to a weight.
+
+After reading, every dialect is this. Conventions: a rotation acts on the vectors along one axis of the weight as w' = M w. ``out``
+means the rows of the flattened weight (out, in*kh*kw), so W' = M W; ``in`` its columns, so W' = W M^T. M is block diagonal with
+blocks of ``block`` rows, or a product of such matrices with permutations between them (butterfly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from . import blocks as multiply
+from .constraint import Constraint, Strength
+from .errors import ShapeError, StrengthError
+from .rotation import (
+    Spectrum,
+    generator_spectrum,
+    largest_lambda,
+    polar,
+    rotation_spectrum,
+    scaled_planes,
+    transform,
+    unpack_skew,
+)
+
+#: Blocks are built in float64 in batches of at most this many numbers (64 MiB), so that building stays small beside the result.
+_BUILD_NUMBERS = 1 << 23
+#: An angle of a finished matrix closer to 180 degrees than this has no definite direction, hence no power.
+_AMBIGUOUS = torch.pi - 2e-3
+
+
+@dataclass
+class LayerRotation:
+    """One rotation of one layer, in the library's single convention (see the module's text).
+
+    side: ``out`` or ``in``.   block: b.   count: number of blocks along the axis (n).
+    kind: ``cayley``, ``neumann``, ``neumann_old``, ``expm`` (from ``generator``) or ``matrix`` (from ``matrix``).   terms: of a series.
+    generator: packed skew vectors float32 (stages, n or 1, b(b-1)/2); one block stands for all of them (block share).
+    matrix: finished matrices float32 (stages, n, b, b).
+    butterfly: ``""`` (one stage) or the permutation family, ``lycoris`` or ``peft``.
+    constraint: the COFT limit that the file asks for.   clip: spectral limit per block on lam (``clipped_oft``), part of the file.
+    row_scale: factor of each output row (rows,) float32; divided by the base row norm if ``norm_of`` is set.
+    norm_of: ``""``, ``base`` (row norms of the unpatched weight) or ``current`` (of the weight as it arrives).
+    col_scale: factor of each column of the flattened weight, float32.
+    memory_view: the weight's memory read as (numel/out, out), as PEFT's BOFT before 0.14 does for convolutions.
+    core_alpha: raw alpha for the ``core`` mode; None if ComfyUI's own loader does not read this dialect.
+    size: length of the rotated axis if it is not count*block (the last block is cut), else None.
+    """
+
+    side: str
+    block: int
+    count: int
+    kind: str = "cayley"
+    terms: int = 5
+    generator: Tensor | None = None
+    matrix: Tensor | None = None
+    butterfly: str = ""
+    constraint: Constraint | None = None
+    clip: float | None = None
+    row_scale: Tensor | None = None
+    norm_of: str = ""
+    col_scale: Tensor | None = None
+    memory_view: bool = False
+    core_alpha: float | None = None
+    size: int | None = None
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    # ---------------------------------------------------------------- description
+
+    @property
+    def stages(self) -> int:
+        return (self.generator if self.generator is not None else self.matrix).shape[0]
+
+    @property
+    def stored(self) -> int:
+        """Blocks that the file stores per stage: 1 with block share, else ``count``."""
+        return (self.generator if self.generator is not None else self.matrix).shape[1]
+
+    @property
+    def axis(self) -> int:
+        """Length of the rotated axis."""
+        return self.size or self.count * self.block
+
+    @property
+    def exact(self) -> bool:
+        """Whether M is orthogonal at every strength of the rotation modes."""
+        return self.kind in ("cayley", "expm")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.to_state()[0] if t is not None)
+
+    @property
+    def needs_base_norm(self) -> bool:
+        return self.norm_of == "base"
+
+    def rotated_length(self, shape: Sequence[int]) -> int:
+        """Length of the axis that this rotation would act on in a weight of ``shape``."""
+        rest = 1
+        for n in shape[1:]:
+            rest *= n
+        if self.memory_view:
+            return rest
+        return shape[0] if self.side == "out" else rest
+
+    def check_shape(self, shape: Sequence[int], *, module: str | None = None, file: str | None = None) -> None:
+        """Raises ShapeError if the weight (or row slice) of ``shape`` cannot take this rotation."""
+        found = self.rotated_length(shape)
+        side = "output" if self.side == "out" else "input"
+        if found != self.axis:
+            raise ShapeError(
+                f"The blocks do not fit the layer's {side} side", file=file, module=module,
+                found=f"{self.count} blocks of {self.block} for a weight {tuple(shape)}, {side} size {found}",
+                expected=f"{side} size {self.axis}", hint="The file was made for another model or layer width.",
+            )
+        if self.row_scale is not None and self.row_scale.numel() != shape[0]:
+            raise ShapeError(
+                "The row scale does not fit the layer", file=file, module=module,
+                found=f"{self.row_scale.numel()} factors", expected=f"{shape[0]} output rows",
+            )
+
+    def rows_slice(self, start: int, length: int, *, module: str | None = None) -> LayerRotation:
+        """The part of this rotation that acts on the output rows start ... start+length (a fused layer taken apart).
+
+        Raises ShapeError if a block or a butterfly reaches over the cut.
+        """
+        if start == 0 and length == (self.axis if self.side == "out" else length) and self.row_scale is None:
+            return self
+        scale = None if self.row_scale is None else self.row_scale[start : start + length]
+        if self.side == "in":
+            return replace(self, row_scale=scale, _cache=self._cache)
+        b = self.block
+        if start % b or length % b or self.butterfly or self.memory_view or self.size:
+            raise ShapeError(
+                "The file's blocks run across layers that are separate in this model", module=module,
+                found=f"blocks of {b}", expected=f"blocks that divide {start} and {length}",
+                hint="Use a model file in its original layout, where these layers are one.",
+            )
+        part = slice(start // b, (start + length) // b)
+        cut = {} if self.stored == 1 else {
+            name: t[:, part] for name in ("generator", "matrix") if (t := getattr(self, name)) is not None
+        }
+        if self.constraint is not None and self.constraint.norm.ndim and self.stored > 1:
+            cut["constraint"] = replace(self.constraint, norm=self.constraint.norm[part])
+        return replace(self, count=length // b, row_scale=scale, _cache={}, **cut)
+
+    # ---------------------------------------------------------------- generator, limits, planes
+
+    def _dense(self, device: torch.device | str) -> Tensor:
+        """Skew generator without any limit, float64 (stages, stored, b, b)."""
+        return unpack_skew(self.generator.to(device, torch.float64), self.block)
+
+    def _limit(self, strength: Strength, device: torch.device | str) -> Tensor:
+        """Multiplier of the raw generator before the strength, float64, broadcastable to (stages, stored)."""
+        if strength.mode == "core":
+            return _core_constraint(self).factor().to(device)
+        one = torch.ones((), dtype=torch.float64, device=device)
+        if strength.coft == "off" or self.kind == "matrix":
+            return one
+        held = abs(strength.value) if strength.coft == "hold" and strength.mode != "linear" else 1.0
+        factor = one
+        if self.constraint is not None:
+            factor = self.constraint.factor(held).to(device)
+        if self.clip is not None:
+            lam = self.largest_lam(device) * held * factor
+            factor = factor * (self.clip / lam.clamp_min(1e-30)).clamp_max(1.0)
+        if isinstance(strength.coft, float):
+            bound = transform(self.kind, self.terms).lam_of_angle(torch.pi * strength.coft / 180)
+            scaled = 1.0 if strength.mode == "linear" else abs(strength.value)
+            lam = self.largest_lam(device) * factor * scaled
+            factor = factor * (bound / lam.clamp_min(1e-30)).clamp_max(1.0)
+        return factor
+
+    def largest_lam(self, device: torch.device | str = "cpu") -> Tensor:
+        """Largest lam of every stored block without limits, float64 (stages, stored). Cached."""
+        if "lam" not in self._cache:
+            out = []
+            for part in _portions(self.generator.flatten(0, 1), self.block):
+                out.append(largest_lambda(unpack_skew(part.double(), self.block)))
+            self._cache["lam"] = torch.cat(out).view(self.stages, self.stored)
+        return self._cache["lam"].to(device)
+
+    def spectrum(self) -> Spectrum:
+        """Planes of the unlimited generator, or of the orthogonal part of finished matrices; float32, (stages, stored, ...). Cached."""
+        if "spectrum" not in self._cache:
+            parts = []
+            if self.kind == "matrix":
+                parts.append(rotation_spectrum(self._polar()[0]))
+            else:
+                for part in _portions(self.generator.flatten(0, 1), self.block):
+                    parts.append(generator_spectrum(unpack_skew(part.double(), self.block)))
+            head = (self.stages, self.stored)
+            self._cache["spectrum"] = Spectrum(
+                *(
+                    torch.cat([getattr(p, name).flatten(0, -dims - 1) for p in parts]).unflatten(0, head).float()
+                    for name, dims in (("vectors", 2), ("planes", 1), ("turn", 2), ("turn_size", 1))
+                )
+            )
+        return self._cache["spectrum"]
+
+    def _polar(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Finished matrices as diag(rows) U (V diag(sigma) V^T): U, V, sigma, rows; float64. Cached.
+
+        A rescale folded into the matrix shows as row norms away from 1 of an otherwise orthogonal matrix; a merely non-orthogonal
+        matrix (additive dialect) keeps rows = 1.
+        """
+        if "polar" not in self._cache:
+            m = self.matrix.double()
+            rows = m.norm(dim=-1)
+            gram = (m / rows.unsqueeze(-1).clamp_min(1e-30)) @ (m / rows.unsqueeze(-1).clamp_min(1e-30)).transpose(-1, -2)
+            eye = torch.eye(self.block, dtype=m.dtype)
+            folded = (gram - eye).abs().amax() < 2e-2 and (rows - 1).abs().amax() > 2e-3
+            rows = rows if folded else torch.ones_like(rows)
+            self._cache["polar"] = (*polar(m / rows.unsqueeze(-1)), rows)
+        return self._cache["polar"]
+
+    def angles(self, strength: Strength | None = None) -> Tensor:
+        """Rotation angle in radians of every plane (stages, stored, b) at strength 1, limits applied as ``strength.coft`` says."""
+        planes = self.spectrum().planes.double()
+        if self.kind == "matrix":
+            return planes
+        limit = self._limit(replace(strength or Strength(), value=1.0), "cpu").expand(self.stages, self.stored)
+        return transform(self.kind, self.terms).angle(planes * limit.unsqueeze(-1))
+
+    def check_strength(self, strength: Strength, *, module: str | None = None, file: str | None = None) -> None:
+        """Raises StrengthError where the mode is not defined for this layer at this strength."""
+        if strength.mode == "core" and self.core_alpha is None:
+            raise StrengthError(
+                "Mode 'core' repeats ComfyUI's own loader, which does not read this dialect", file=file, module=module,
+                hint="Choose rotation, geodesic or linear.",
+            )
+        if strength.mode in ("linear", "core") or strength.value in (0.0, 1.0):
+            return
+        if self.kind == "matrix" and float(self.spectrum().planes.max()) > _AMBIGUOUS:
+            raise StrengthError(
+                "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined",
+                file=file, module=module, found=strength.value, hint="Use mode 'linear' for other strengths.",
+            )
+        if self.kind.startswith("neumann"):
+            lam = float((self.largest_lam() * self._limit(replace(strength, value=1.0), "cpu")).max())
+            if lam >= 1:
+                raise StrengthError(
+                    "The Neumann series of this layer diverges, so only strengths 0 and 1 are defined",
+                    file=file, module=module, found=f"strength {strength.value:g}, generator norm {lam:.3g}",
+                    expected="a generator norm below 1", hint="Use mode 'linear' for other strengths.",
+                )
+
+    # ---------------------------------------------------------------- matrices
+
+    def build(self, strength: Strength, device: torch.device | str = "cpu") -> Built | None:
+        """The matrices at a strength, float32 on ``device``; None at strength 0, where the weight stays as it is."""
+        return build_all([self], strength, device)[0]
+
+    def _matrices_from_planes(self, strength: Strength, device: torch.device | str) -> Tensor:
+        """M of every stage and stored block by its invariant planes, float64 (stages, stored, b, b)."""
+        s = strength.value
+        sp = self.spectrum()
+        sp = Spectrum(*(t.to(device, torch.float64) for t in (sp.vectors, sp.planes, sp.turn, sp.turn_size)))
+        limit = self._limit(strength, device).expand(self.stages, self.stored).unsqueeze(-1)
+        if self.kind == "matrix":
+            angle = s * sp.planes
+            if isinstance(strength.coft, float):
+                top = angle.abs().amax(-1, keepdim=True)
+                angle = angle * (torch.pi * strength.coft / 180 / top.clamp_min(1e-30)).clamp_max(1.0)
+            turned = sp.apply(torch.cos(angle), torch.sin(angle))
+            _, vectors, sigma, rows = (t.to(device) for t in self._polar())
+            # M = D U P and its power D^s U^s P^s; the inverse order for negative s makes M(-s) M(s) = I.
+            stretch = (vectors * sigma.pow(s).unsqueeze(-2)) @ vectors.transpose(-1, -2)
+            rows = rows.pow(s)
+            return rows.unsqueeze(-1) * (turned @ stretch) if s > 0 else (stretch @ turned) * rows.unsqueeze(-2)
+        kind = transform(self.kind, self.terms)
+        lam = sp.planes * limit
+        if strength.mode == "geodesic":
+            gain, angle = kind.plane(lam)
+            gain, angle = gain.pow(s), angle * s
+        else:
+            gain, angle = scaled_planes(kind, lam, s)
+        return sp.apply(gain * torch.cos(angle), gain * torch.sin(angle))
+
+    # ---------------------------------------------------------------- application
+
+    def apply_(
+        self,
+        weight: Tensor,
+        strength: Strength,
+        *,
+        rotation: Built | None = None,
+        base_row_norm: Tensor | None = None,
+    ) -> None:
+        """Apply to ``weight`` (out, ...) in place, block by block; float32 arithmetic, one rounding to the weight's dtype.
+
+        weight: any floating dtype and device; a row slice of a larger tensor is fine. rotation: what ``build`` gave for the same
+        strength, to save building it again. base_row_norm: (out,) norms of the unpatched rows, needed if ``needs_base_norm``.
+        In the modes rotation and geodesic a negative strength undoes the positive one: M(-s) = M(s)^-1, row factors in reverse order.
+        """
+        built = rotation if rotation is not None else self.build(strength, weight.device)
+        if built is None:
+            return
+        rows = self.row_scale
+        if rows is not None:
+            rows = rows.to(weight.device, torch.float32)
+            norm = base_row_norm
+            if self.norm_of == "current":
+                norm = multiply.row_norms(weight)
+            if self.norm_of:
+                if norm is None:
+                    raise ShapeError("The row norms of the unpatched weight are needed for this layer (dora_scale)")
+                rows = rows / norm.to(weight.device, torch.float32).clamp_min(1e-12)
+        self._multiply_(weight, built, rows, strength)
+
+    def _multiply_(self, weight: Tensor, built: Built, rows: Tensor | None, strength: Strength) -> None:
+        s, mode = strength.value, strength.mode
+        cols = None if self.col_scale is None else self.col_scale.to(weight.device, torch.float32)
+        matrices = built.matrices.to(weight.device)
+        stages = [matrices[i] for i in built.order]
+        mix: float | None = None
+        inverse = False
+        if mode == "core":
+            mix = s if self.butterfly else s * s
+            if self.butterfly:
+                eye = torch.eye(self.block, device=weight.device)
+                stages = [torch.lerp(eye.expand_as(m), m, s) for m in stages]
+            else:
+                rows = cols = None
+        elif mode == "linear":
+            mix = None if s == 1 else s
+        else:
+            rows, cols = powered(rows, s), powered(cols, s)
+            inverse = s < 0
+        index: list[Tensor | None] | None = None
+        if self.butterfly:
+            index = [
+                multiply.butterfly_permutation(self.butterfly, i, self.block, self.axis, weight.device) for i in built.order
+            ]
+        multiply.transform_(
+            weight, stages, side=self.side, count=self.count, permutations=index, rows=rows, cols=cols, mix=mix, inverse=inverse,
+            memory_view=self.memory_view,
+        )
+
+    # ---------------------------------------------------------------- plain state, for hosts that rebuild objects
+
+    def to_state(self) -> tuple[tuple[Tensor | None, ...], tuple]:
+        """(tensors, plain values) from which ``from_state`` rebuilds an equal object."""
+        limit = self.constraint
+        tensors = (
+            self.generator, self.matrix, self.row_scale, self.col_scale, None if limit is None else limit.norm,
+        )
+        plain = (
+            self.side, self.block, self.count, self.kind, self.terms, self.butterfly, self.clip, self.norm_of,
+            self.memory_view, self.core_alpha, self.size,
+            None if limit is None else (limit.family, limit.limit, limit.smooth),
+        )
+        return tensors, plain
+
+    @classmethod
+    def from_state(cls, tensors: Sequence[Tensor | None], plain: Sequence) -> LayerRotation:
+        generator, matrix, row_scale, col_scale, norm = tensors
+        side, block, count, kind, terms, butterfly, clip, norm_of, memory_view, core_alpha, size, limit = plain
+        constraint = None if limit is None else Constraint(limit[0], limit[1], norm, limit[2])
+        return cls(
+            side, block, count, kind, terms, generator, matrix, butterfly, constraint, clip, row_scale, norm_of, col_scale,
+            memory_view, core_alpha, size,
+        )
+
+
+@dataclass(frozen=True)
+class Built:
+    """Matrices of one layer at one strength: ``matrices`` (stages, n or 1, b, b) float32, in the order in which they act."""
+
+    matrices: Tensor
+    #: Stage numbers in acting order: ascending, or descending for an inverse.
+    order: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrices.numel() * self.matrices.element_size()
+
+
+@dataclass(frozen=True)
+class Diff:
+    """An additive difference (``.diff`` of a weight, ``.diff_b`` of a bias), linear in the strength in every mode."""
+
+    delta: Tensor
+    needs_base_norm: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.delta.numel() * self.delta.element_size()
+
+    def build(self, strength: Strength, device: torch.device | str = "cpu") -> None:
+        return None
+
+    def check_shape(self, shape: Sequence[int], *, module: str | None = None, file: str | None = None) -> None:
+        """Raises ShapeError if the difference has another number of values than the parameter."""
+        count = 1
+        for n in shape:
+            count *= n
+        if count != self.delta.numel():
+            raise ShapeError(
+                "An additive difference does not fit the parameter", file=file, module=module,
+                found=tuple(self.delta.shape), expected=tuple(shape),
+            )
+
+    def check_strength(self, strength: Strength, *, module: str | None = None, file: str | None = None) -> None:
+        return None
+
+    def rows_slice(self, start: int, length: int, *, module: str | None = None) -> Diff:
+        """The part for the output rows start ... start+length."""
+        return Diff(self.delta[start : start + length])
+
+    def apply_(self, weight: Tensor, strength: Strength, *, rotation: None = None, base_row_norm: Tensor | None = None) -> None:
+        """weight += s * delta in place, float32 arithmetic."""
+        delta = self.delta.to(weight.device, torch.float32).reshape(weight.shape)
+        multiply.store_(weight, torch.add(weight.float(), delta, alpha=strength.value))
+
+    def to_state(self) -> tuple[tuple[Tensor | None, ...], tuple]:
+        return (self.delta,), ("diff",)
+
+    @classmethod
+    def from_state(cls, tensors: Sequence[Tensor | None], plain: Sequence) -> Diff:
+        return cls(tensors[0])
+
+
+def powered(factors: Tensor | None, s: float) -> Tensor | None:
+    """Row or column factors at strength s in the rotation modes: m^s, or 1 + s(m - 1) for a factor that is not positive."""
+    if factors is None:
+        return None
+    return torch.where(factors > 0, factors.clamp_min(1e-30).pow(s), 1 + s * (factors - 1))
+
+
+def _portions(flat: Tensor, block: int) -> list[Tensor]:
+    """Split (blocks, ...) so that the float64 matrices of one part stay within the build budget."""
+    return list(flat.split(max(1, _BUILD_NUMBERS // (block * block))))
+
+
+def _core_constraint(layer: LayerRotation) -> Constraint:
+    """ComfyUI's limit: the norm of all blocks against the raw alpha; zero or absent alpha means none."""
+    alpha = layer.core_alpha
+    norm = layer.generator.double().norm() * 2**0.5
+    return Constraint("ComfyUI core, raw alpha", alpha if alpha and alpha > 0 else float("inf"), norm)
+
+
+def _directly(layer: LayerRotation, strength: Strength) -> bool:
+    """Whether M comes from the trainer's own formula rather than from invariant planes."""
+    if strength.mode in ("linear", "core") or strength.value == 1:
+        return layer.kind != "matrix" or not isinstance(strength.coft, float)
+    if layer.kind == "matrix" or strength.mode == "geodesic":
+        return False
+    return layer.exact
+
+
+def build_all(layers: Sequence, strength: Strength, device: torch.device | str = "cpu") -> list[Built | None]:
+    """Matrices of many layers at one strength, batched over all layers of one block size and kind.
+
+    layers: LayerRotation (or Diff, which gives None). Returns one entry per layer, None at strength 0. Float64 inside, float32 out;
+    devices without float64 build on the CPU.
+    """
+    out: list[Built | None] = [None] * len(layers)
+    if strength.value == 0:
+        return out
+    target = torch.device(device)
+    where = torch.device("cpu") if target.type in ("mps", "privateuseone", "meta") else target
+    scaled = strength.value if strength.mode == "rotation" else 1.0
+    groups: dict[tuple, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if isinstance(layer, Diff):
+            continue
+        if _directly(layer, strength) and layer.kind != "matrix":
+            groups.setdefault((layer.block, layer.kind, layer.terms), []).append(i)
+            continue
+        if layer.kind == "matrix" and _directly(layer, strength):
+            m = layer.matrix.to(where)
+        else:
+            m = layer._matrices_from_planes(strength, where)
+        out[i] = _built(layer, m, strength, target)
+    for (block, kind, terms), members in groups.items():
+        make = transform(kind, terms).matrix
+        limit = [
+            (layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored).reshape(-1, 1) for i in members
+        ]
+        flat = torch.cat([layers[i].generator.to(where, torch.float64).flatten(0, 1) * f for i, f in zip(members, limit)])
+        # Written into float32 part by part, so that the float64 copies stay small.
+        result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=where)
+        at = 0
+        for part in _portions(flat, block):
+            result[at : at + len(part)] = make(unpack_skew(part, block))
+            at += len(part)
+        at = 0
+        for i in members:
+            n = layers[i].stages * layers[i].stored
+            out[i] = _built(layers[i], result[at : at + n].view(layers[i].stages, layers[i].stored, block, block), strength, target)
+            at += n
+    return out
+
+
+def _built(layer: LayerRotation, m: Tensor, strength: Strength, device: torch.device) -> Built:
+    order = tuple(range(layer.stages))
+    if strength.value < 0 and strength.mode in ("rotation", "geodesic"):
+        order = order[::-1]
+    return Built(m.to(device, torch.float32), order)

@@ -1,0 +1,206 @@
+"""Bake an adapter into a safetensors model file, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, Binding, Patch
+from .blocks import row_norms, store_
+from .constraint import Strength
+from .errors import FileError
+from .names import NameIndex
+
+#: Bytes copied at once for tensors that stay as they are.
+_COPY = 1 << 24
+#: Key in the output's metadata: a JSON list of what was merged, oldest first.
+METADATA_KEY = "oft_merge"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}
+_CODES = {dtype: code for code, dtype in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies in a safetensors file: dtype code, shape, first and last+1 byte of the file."""
+
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """torch dtype of a floating-point tensor, None for others."""
+        return _NAMES.get(self.code)
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Tensors (in file order) and metadata of a safetensors file, without reading the data. Raises FileError if it is damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileError("There is no such file", file=path)
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"header length {length} in a file of {size} bytes")
+            header = json.loads(f.read(length))
+        metadata = header.pop("__metadata__", None) or {}
+        start = 8 + length
+        stored = {
+            k: Stored(v["dtype"], tuple(v["shape"]), start + v["data_offsets"][0], start + v["data_offsets"][1])
+            for k, v in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FileError("The file is damaged or not a safetensors file", file=path, found=str(error)) from error
+    end = max((s.end for s in stored.values()), default=start)
+    if end > size:
+        raise FileError("The file is truncated", file=path, found=f"{size} bytes", expected=f"{end} bytes")
+    return dict(sorted(stored.items(), key=lambda item: item[1].begin)), {str(k): str(v) for k, v in metadata.items()}
+
+
+def merge_file(
+    adapter: Adapter,
+    base: str | os.PathLike,
+    out: str | os.PathLike,
+    strength: Strength,
+    *,
+    dtype: str = "keep",
+    progress: Callable[[int, int], None] | None = None,
+) -> Binding:
+    """Write ``base`` with the adapter's influence to ``out``; returns what was placed.
+
+    base: any safetensors model file or part of one.   dtype: ``keep``, or ``fp32``/``fp16``/``bf16`` for every floating-point tensor.
+    progress: called with (bytes done, bytes in all). Every key and all metadata of the base stay; what was merged is added to the
+    metadata. With ``keep`` untouched tensors are copied byte for byte. Memory: the adapter and about three times the largest tensor.
+    The file is written under a temporary name beside ``out`` and renamed when it is complete. Raises AdapterError kinds.
+    """
+    base, out = Path(base), Path(out)
+    for source in (base, Path(adapter.path)):
+        if out.exists() and source.exists() and os.path.samefile(out, source):
+            raise FileError("The output would overwrite an input", file=out, hint="Choose another output name.")
+    stored, metadata = read_header(base)
+    binding = adapter.bind(NameIndex({k: s.shape for k, s in stored.items()}))
+    binding.check(strength)
+    jobs: dict[str, list[Patch]] = {}
+    for patch in binding.patches:
+        if stored[patch.key].dtype is None:
+            raise FileError(
+                "A layer of the base is stored in a form that cannot be rotated", file=base, module=patch.key,
+                found=stored[patch.key].code, expected="floating-point weights", hint="Use an unquantised model file.",
+            )
+        jobs.setdefault(patch.key, []).append(patch)
+
+    target = None if dtype == "keep" else DTYPES[dtype]
+    metadata[METADATA_KEY] = json.dumps(_history(metadata) + [_record(adapter, strength, binding)])
+    header, total = _layout(stored, metadata, target)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+    try:
+        with os.fdopen(handle, "wb") as sink, open(base, "rb") as source:
+            sink.write(header)
+            done = 0
+            for key, item in stored.items():
+                for part in _tensor_bytes(source, item, jobs.get(key), strength, target, base):
+                    sink.write(part)
+                done += item.end - item.begin
+                if progress is not None:
+                    progress(done, total)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, out)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return binding
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _history(metadata: dict[str, str]) -> list:
+    try:
+        earlier = json.loads(metadata.get(METADATA_KEY, "[]"))
+    except json.JSONDecodeError:
+        return []
+    return earlier if isinstance(earlier, list) else []
+
+
+def _record(adapter: Adapter, strength: Strength, binding: Binding) -> dict:
+    return {
+        "adapter": adapter.name, "dialect": adapter.dialect, "strength": strength.value, "mode": strength.mode,
+        "coft": strength.coft, "layers": len(binding.matched), "layers_not_found": len(binding.unmatched),
+    }
+
+
+def _layout(stored: dict[str, Stored], metadata: dict[str, str], target: torch.dtype | None) -> tuple[bytes, int]:
+    """The output's header as bytes, and the number of bytes to read for the progress."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for key, item in stored.items():
+        size = item.end - item.begin
+        code = item.code
+        if target is not None and item.dtype is not None:
+            size = size // item.dtype.itemsize * target.itemsize
+            code = _CODES[target]
+        header[key] = {"dtype": code, "shape": list(item.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, sum(s.end - s.begin for s in stored.values())
+
+
+def _tensor_bytes(
+    source: BinaryIO, item: Stored, patches: list[Patch] | None, strength: Strength, target: torch.dtype | None, file: Path
+) -> Iterator[bytes | memoryview]:
+    """The bytes of one tensor of the output."""
+    source.seek(item.begin)
+    size = item.end - item.begin
+    convert = target is not None and item.dtype is not None and item.dtype != target
+    if not convert and (not patches or strength.value == 0):
+        while size:
+            part = source.read(min(_COPY, size))
+            if not part:
+                raise FileError("The file ended early", file=file)
+            size -= len(part)
+            yield part
+        return
+    buffer = bytearray(size)
+    if source.readinto(buffer) != size:
+        raise FileError("The file ended early", file=file)
+    weight = torch.frombuffer(buffer, dtype=item.dtype).view(item.shape) if size else torch.empty(item.shape, dtype=item.dtype)
+    if convert and target.itemsize >= weight.dtype.itemsize:
+        weight = weight.to(target)  # upwards first, so that the result is rounded once
+    norms = _base_norms(weight, patches or [])
+    for patch in patches or []:
+        patch.apply_(weight, strength, base_row_norm=norms.get(patch.rows))
+    if target is not None and weight.dtype != target:
+        narrow = torch.empty(weight.shape, dtype=target)
+        store_(narrow, weight)
+        weight = narrow
+    yield memoryview(weight.reshape(-1).view(torch.uint8).numpy())
+
+
+def _base_norms(weight: Tensor, patches: list[Patch]) -> dict[tuple[int, int] | None, Tensor]:
+    """Row norms of the unpatched weight for the patches that need them."""
+    return {
+        p.rows: row_norms(weight if p.rows is None else weight.narrow(0, *p.rows)) for p in patches if p.op.needs_base_norm
+    }
+
+
+__all__ = ["DTYPES", "METADATA_KEY", "Stored", "merge_file", "read_header"]

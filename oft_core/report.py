@@ -1,0 +1,246 @@
+"""What a file is and what it did, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .adapter import Adapter, Binding
+from .constraint import Strength
+from .formats import DIALECTS
+from .layer import Diff, LayerRotation, build_all
+from .names import guess_family
+from .rotation import orthogonality_error
+
+#: Above this block size exact angles of every plane are costly, so that mean and largest angle are estimated (marked "about").
+_EXACT_UP_TO = 512
+_TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger", "trigger_words", "ss_trigger", "instance_prompt")
+_SHOWN_METADATA = (
+    "ss_output_name", "ss_base_model_version", "ss_sd_model_name", "ss_network_module", "ss_network_dim", "ss_network_alpha",
+    "ss_learning_rate", "ss_steps", "ss_num_train_images", "modelspec.title", "modelspec.architecture", "modelspec.date",
+    "modelspec.author", "modelspec.description", "ot_revision",
+)
+_NAMES = {"unet": "UNet/DiT", "te1": "text encoder 1", "te2": "text encoder 2", "te3": "text encoder 3 (T5)"}
+
+
+@dataclass
+class ComponentReport:
+    """One part of a model: layers matched and in all; names of those without a place."""
+
+    layers: int = 0
+    matched: int | None = None
+    unmatched: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """All that is known about an adapter, and about its use if it was bound to a model.
+
+    Angles in degrees, at strength 1 with the limits of ``coft``. orthogonality_error: max |M^T M - I| over all blocks at strength 1.
+    radius_in_use: largest stored generator norm over its limit; above 1 the limit is active.
+    """
+
+    file: str
+    dialect: str
+    title: str
+    reason: str
+    side: str
+    layers: int
+    components: dict[str, ComponentReport]
+    block_sizes: dict[int, int]
+    kinds: list[str]
+    max_angle: float | None
+    mean_angle: float | None
+    angles_estimated: bool
+    orthogonality_error: float | None
+    constraint: str | None
+    radius_in_use: float | None
+    limits_active: int
+    row_scales: bool
+    base_model: str
+    trigger_words: list[str]
+    metadata: dict[str, str]
+    strength: dict | None
+    notes: list[str]
+    warnings: list[str]
+
+    def to_dict(self) -> dict:
+        """Plain values only."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def to_text(self) -> str:
+        """A short text for people; the same facts without the long lists."""
+        lines = [f"{self.file}: {self.title} ({self.dialect}, because of {self.reason})"]
+        if self.strength is not None:
+            coft = self.strength["coft"]
+            coft = f"{coft:g} degrees" if isinstance(coft, float) else coft
+            lines.append(f"Strength {self.strength['value']:g}, mode {self.strength['mode']}, COFT {coft}.")
+        for name, part in self.components.items():
+            label = _NAMES.get(name, name)
+            if part.matched is None:
+                lines.append(f"{label}: {part.layers} layers")
+            else:
+                lines.append(f"{label}: {part.matched} of {part.layers} layers applied")
+        sizes = ", ".join(f"{b} ({n})" for b, n in sorted(self.block_sizes.items()))
+        lines.append(f"Blocks on the {self.side} side; block sizes (layers): {sizes or 'none'}")
+        about = "about " if self.angles_estimated else ""
+        if self.max_angle is not None:
+            lines.append(f"Largest angle {about}{self.max_angle:.2f}°, mean {about}{self.mean_angle:.2f}°.")
+        if self.orthogonality_error is not None:
+            lines.append(f"Orthogonality error {self.orthogonality_error:.1e}.")
+        if self.constraint is not None:
+            active = f"active in {self.limits_active} layers" if self.limits_active else "not active"
+            lines.append(f"COFT: {self.constraint}; {100 * self.radius_in_use:.0f} % of the radius in use at most, {active}.")
+        if self.row_scales:
+            lines.append("Has row scales (rescale or DoRA).")
+        if self.base_model:
+            lines.append(f"Base model: {self.base_model}")
+        if self.trigger_words:
+            lines.append("Trigger: " + ", ".join(self.trigger_words))
+        lines += [f"Note: {n}" for n in self.notes]
+        lines += [f"WARNING: {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+
+def describe(adapter: Adapter, binding: Binding | None = None, strength: Strength | None = None) -> Report:
+    """Facts about a file, and with ``binding`` about its place in a model. Takes seconds for large files: every angle is computed."""
+    operations = _operations(adapter, binding)
+    rotations = [op for ops in operations.values() for op in ops if isinstance(op, LayerRotation)]
+    warnings: list[str] = []
+    top, mean, estimated = _angles(rotations, strength)
+    limits = [r.constraint for r in rotations if r.constraint is not None]
+    uses = [c.use() for c in limits]
+    diverging = [
+        m for m, ops in operations.items() for op in ops
+        if isinstance(op, LayerRotation) and op.kind.startswith("neumann") and _lam_bound(op) >= 1 and _lam(op, strength) >= 1
+    ]
+    if diverging:
+        warnings.append(
+            f"The Neumann series diverges in {len(diverging)} layers (e.g. {diverging[0]}): broken in its own trainer too; "
+            "only strength 1 or mode linear."
+        )
+    if binding is not None and binding.unmatched:
+        first = next(iter(binding.unmatched))
+        warnings.append(f"{len(binding.unmatched)} layers found no place in this model, e.g. {first}")
+    if strength is not None and strength.mode != "linear" and top is not None:
+        reach = _reach(top, strength)
+        if reach > 120:
+            warnings.append(f"At this strength planes turn by up to {reach:.0f}°; above 120° pictures tend to break.")
+    if any(r.row_scale is not None and not r.norm_of and float(r.row_scale.min()) <= 0 for r in rotations):
+        warnings.append("Some row scales are not positive; these follow the strength linearly.")
+    if adapter.unknown:
+        warnings.append(f"{len(adapter.unknown)} keys of the file are not OFT and were not applied, e.g. {adapter.unknown[0]}")
+    sides = {DIALECTS[adapter.dialect].input_side}
+    return Report(
+        file=adapter.name, dialect=adapter.dialect, title=adapter.title, reason=adapter.reason,
+        side="input" if sides == {True} else "output", layers=len(adapter.entries), components=_components(adapter, binding),
+        block_sizes=dict(Counter(r.block for r in rotations)), kinds=sorted({r.kind for r in rotations}),
+        max_angle=top, mean_angle=mean, angles_estimated=estimated, orthogonality_error=_orthogonality(rotations),
+        constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses else None,
+        limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
+        base_model=_base_model(adapter), trigger_words=_triggers(adapter),
+        metadata={k: adapter.metadata[k][:300] for k in _SHOWN_METADATA if adapter.metadata.get(k)},
+        strength=None if strength is None else {"value": strength.value, "mode": strength.mode, "coft": strength.coft},
+        notes=list(adapter.notes), warnings=warnings,
+    )
+
+
+def _operations(adapter: Adapter, binding: Binding | None) -> dict[str, list[LayerRotation | Diff]]:
+    if binding is None:
+        return {m: [p.op for p in pieces if p.param == "weight"] for m, pieces in adapter.operations().items()}
+    out: dict[str, list[LayerRotation | Diff]] = {}
+    for patch in binding.patches:
+        ops = out.setdefault(patch.module, [])
+        if not patch.key.endswith("bias") and not any(o is patch.op for o in ops):
+            ops.append(patch.op)
+    return out
+
+
+def _components(adapter: Adapter, binding: Binding | None) -> dict[str, ComponentReport]:
+    out: dict[str, ComponentReport] = {}
+    matched = set(binding.matched) if binding else set()
+    for name, entry in adapter.entries.items():
+        part = out.setdefault(entry.component, ComponentReport(matched=None if binding is None else 0))
+        part.layers += 1
+        if binding is not None:
+            if name in matched:
+                part.matched += 1
+            else:
+                part.unmatched.append(name)
+    return dict(sorted(out.items(), key=lambda item: list(_NAMES).index(item[0])))
+
+
+def _lam_bound(r: LayerRotation) -> float:
+    """Upper bound of lam before limits, cheap: Frobenius norm over sqrt(2)."""
+    return float(r.generator.double().square().sum(-1).max().sqrt())
+
+
+def _lam(r: LayerRotation, strength: Strength | None) -> float:
+    coft = "file" if strength is None else strength.coft
+    limit = r._limit(Strength(1.0, "rotation", coft), "cpu")
+    return float((r.largest_lam() * limit).max())
+
+
+def _angles(rotations: list[LayerRotation], strength: Strength | None) -> tuple[float | None, float | None, bool]:
+    """(largest, mean, estimated) in degrees over all planes."""
+    if not rotations:
+        return None, None, False
+    top, total, planes, estimated = 0.0, 0.0, 0, False
+    for r in rotations:
+        if r.block <= _EXACT_UP_TO or r.kind == "matrix":
+            angle = r.angles(strength)
+            top, total, planes = max(top, float(angle.max())), total + float(angle.sum()), planes + angle.numel()
+        else:
+            # Root mean square of lam from the Frobenius norm; its spread in random generators reaches about twice that.
+            limit = r._limit(Strength(1.0, "rotation", "file"), "cpu").expand(r.stages, r.stored)
+            rms = (2 * r.generator.double().square().sum(-1) / r.block).sqrt() * limit
+            estimated = True
+            top = max(top, float(2 * torch.atan(2 * rms).max()))
+            total += float(2 * torch.atan(rms).sum()) * r.block
+            planes += rms.numel() * r.block
+    return math.degrees(top), math.degrees(total / planes), estimated
+
+
+def _reach(top: float, strength: Strength) -> float:
+    s = abs(strength.value)
+    if strength.mode == "geodesic":
+        return s * top
+    return math.degrees(2 * math.atan(s * math.tan(math.radians(min(top, 179.9)) / 2)))
+
+
+def _orthogonality(rotations: list[LayerRotation]) -> float | None:
+    """Largest error at strength 1; very large blocks are left out, as for the angles."""
+    small = [r for r in rotations if r.block <= _EXACT_UP_TO]
+    worst = 0.0
+    for built in build_all(small, Strength()):
+        worst = max(worst, float(orthogonality_error(built.matrices.double()).max()))
+    return worst if small else None
+
+
+def _base_model(adapter: Adapter) -> str:
+    known = adapter.metadata.get("ss_base_model_version") or adapter.metadata.get("modelspec.architecture") or ""
+    guess = guess_family(adapter.entries)
+    return f"{known} (names: {guess})" if known else guess
+
+
+def _triggers(adapter: Adapter) -> list[str]:
+    """Trigger words that the trainer wrote down, else the commonest tags of the training captions."""
+    found = [adapter.metadata[k].strip() for k in _TRIGGER_KEYS if adapter.metadata.get(k, "").strip()]
+    if found:
+        return [t[:200] for t in found]
+    try:
+        folders = json.loads(adapter.metadata.get("ss_tag_frequency", "{}"))
+    except json.JSONDecodeError:
+        return []
+    counts: Counter[str] = Counter()
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        if isinstance(tags, dict):
+            counts.update({str(t).strip(): int(n) for t, n in tags.items() if isinstance(n, (int, float))})
+    return [t[:100] for t, _ in counts.most_common(5) if t]

@@ -1,0 +1,208 @@
+"""Generators and rotations: short pure functions on batches of small square blocks.
+
+Everything here works on tensors (..., b, b) and keeps their dtype; callers choose float64 or float32. Conventions: ``q`` is a
+skew-symmetric generator, ``cayley(q) = (I + q)(I - q)^-1``. In a plane where q has the eigenvalues +-i*lam, cayley turns by
+2*atan(lam). None of the functions calls a batched LU (torch.linalg.inv / solve): with two CPU threads and blocks of 150 or more
+those raise, hang or return wrong numbers (pytorch issues 141358, 142815); Cholesky and eigh do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def block_size_of(length: int) -> int | None:
+    """Block size b with b(b-1)/2 == length, or None if there is none (a packed skew vector holds the strict upper triangle)."""
+    b = (1 + math.isqrt(1 + 8 * length)) // 2
+    return b if length > 0 and b * (b - 1) // 2 == length else None
+
+
+def unpack_skew(v: Tensor, b: int) -> Tensor:
+    """Packed (..., b(b-1)/2), the strict upper triangle row by row -> skew-symmetric (..., b, b)."""
+    q = v.new_zeros(*v.shape[:-1], b, b)
+    i, j = torch.triu_indices(b, b, 1, device=v.device)
+    q[..., i, j] = v
+    q[..., j, i] = -v
+    return q
+
+
+def pack_skew(q: Tensor) -> Tensor:
+    """Skew-symmetric (..., b, b) -> packed strict upper triangle (..., b(b-1)/2)."""
+    i, j = torch.triu_indices(q.shape[-1], q.shape[-1], 1, device=q.device)
+    return q[..., i, j]
+
+
+def cayley(q: Tensor) -> Tensor:
+    """Exact Cayley transform (I + q)(I - q)^-1 of skew q (..., b, b); orthogonal (Liu et al. 2023, arXiv 2306.07280).
+
+    (I - q)^-1 = (I - q^2)^-1 (I + q) and I - q^2 = I + q^T q is positive definite, so one Cholesky factor does it.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    # _ex: no host synchronisation; the matrix is positive definite for every finite q, so there is nothing to check.
+    factor, _ = torch.linalg.cholesky_ex(eye + q.transpose(-1, -2) @ q)
+    return 2 * torch.cholesky_solve(eye + q, factor) - eye
+
+
+def neumann_coefficients(terms: int, old: bool = False) -> list[float]:
+    """Coefficients of the truncated Cayley series as PEFT and OneTrainer compute it, lowest power first.
+
+    New (PEFT >= 0.18, OneTrainer since 2025-11-15): 1, 2, ..., 2, 1 where three terms act as four. Old (PEFT 0.16-0.17): 1, 2, ..., 2.
+    """
+    if terms <= 1:
+        return [1.0]
+    if terms == 2:
+        return [1.0, 2.0]
+    if old:
+        return [1.0] + [2.0] * (terms - 1)
+    return [1.0] + [2.0] * (max(terms, 4) - 2) + [1.0]
+
+
+def polynomial(q: Tensor, coefficients: list[float]) -> Tensor:
+    """sum_k coefficients[k] q^k for q (..., b, b)."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if coefficients == [1.0, 2.0, 2.0, 2.0, 1.0]:
+        # 1 + 2q + 2q^2 + 2q^3 + q^4 = (1 + q)^2 (1 + q^2): one product less than Horner's rule.
+        square = q @ q
+        return (eye + 2 * q + square) @ (eye + square)
+    out = coefficients[-1] * eye.expand_as(q)
+    for c in reversed(coefficients[:-1]):
+        out = out @ q + c * eye
+    return out
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Invariant planes of a batch of normal matrices.
+
+    vectors (..., b, b): orthonormal eigenvectors (columns) of a symmetric function of the matrix.
+    planes (..., b): one non-negative number per vector: lam of a generator, or the angle in radians of a finished rotation.
+    turn (..., b, b): the skew operator that carries the direction of turning; its size in the plane is ``turn_size`` (..., b).
+    """
+
+    vectors: Tensor
+    planes: Tensor
+    turn: Tensor
+    turn_size: Tensor
+
+    def apply(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        """The matrix that acts as real + imaginary*J in each plane (J = quarter turn); real, imaginary (..., b) -> (..., b, b)."""
+        back = self.vectors.transpose(-1, -2)
+        even = (self.vectors * real.unsqueeze(-2)) @ back
+        slope = imaginary / self.turn_size.clamp_min(torch.finfo(self.turn_size.dtype).tiny)
+        # A plane that the operator does not turn has no direction; its imaginary part is zero as well.
+        slope = torch.where(self.turn_size > 0, slope, torch.zeros_like(slope))
+        return even + self.turn @ ((self.vectors * slope.unsqueeze(-2)) @ back)
+
+
+def generator_spectrum(q: Tensor) -> Spectrum:
+    """Planes of a skew generator (..., b, b): planes holds lam >= 0. Eigenvectors of q^T q, so no complex numbers."""
+    values, vectors = torch.linalg.eigh(q.transpose(-1, -2) @ q)
+    lam = values.clamp_min(0).sqrt()
+    # Below the resolution of eigh the function value over lam is taken at a tiny lam instead of 0/0.
+    floor = lam.amax(-1, keepdim=True) * 1e-7 + 1e-30
+    lam = torch.maximum(lam, floor)
+    return Spectrum(vectors, lam, q, lam)
+
+
+def rotation_spectrum(r: Tensor) -> Spectrum:
+    """Planes of a finished rotation r (..., b, b): planes holds the angle in [0, pi]. At pi the direction is not defined."""
+    cosine, vectors = torch.linalg.eigh(0.5 * (r + r.transpose(-1, -2)))
+    angle = torch.acos(cosine.clamp(-1, 1)).clamp_min(1e-9)
+    return Spectrum(vectors, angle, 0.5 * (r - r.transpose(-1, -2)), torch.sin(angle))
+
+
+def polar(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m = U V diag(sigma) V^T with U orthogonal -> (U, V, sigma); shapes (..., b, b), (..., b, b), (..., b)."""
+    left, sigma, right_t = torch.linalg.svd(m)
+    return left @ right_t, right_t.transpose(-1, -2), sigma
+
+
+def largest_lambda(q: Tensor) -> Tensor:
+    """Spectral norm of each skew block (..., b, b) -> (...,): exact, by the eigenvalues of q^T q."""
+    return torch.linalg.eigvalsh(q.transpose(-1, -2) @ q)[..., -1].clamp_min(0).sqrt()
+
+
+def orthogonality_error(m: Tensor) -> Tensor:
+    """max |m^T m - I| of each block (..., b, b) -> (...,)."""
+    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    return (m.transpose(-1, -2) @ m - eye).abs().amax((-1, -2))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a dialect turns a generator into a matrix.
+
+    matrix: q -> m, exactly as the trainer computes it. plane: lam >= 0 -> (gain, angle) of that matrix in the plane of lam.
+    angle: lam -> the ideal angle in radians; lam_of_angle its inverse. exact: m is orthogonal for every q.
+    """
+
+    matrix: Callable[[Tensor], Tensor]
+    plane: Callable[[Tensor], tuple[Tensor, Tensor]]
+    angle: Callable[[Tensor], Tensor]
+    lam_of_angle: Callable[[float], float]
+    exact: bool
+
+
+def _cayley_angle(lam: Tensor) -> Tensor:
+    return 2 * torch.atan(lam)
+
+
+def _cayley_lam(angle: float) -> float:
+    return math.tan(min(angle, math.pi - 1e-6) / 2)
+
+
+def _neumann_transform(terms: int, old: bool) -> Transform:
+    coefficients = neumann_coefficients(terms, old)
+
+    def plane(lam: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.zeros_like(lam, dtype=torch.complex128)
+        point = 1j * lam.to(torch.complex128)
+        for c in reversed(coefficients):
+            z = z * point + c
+        return z.abs().to(lam.dtype), z.angle().to(lam.dtype)
+
+    return Transform(lambda q: polynomial(q, coefficients), plane, _cayley_angle, _cayley_lam, exact=False)
+
+
+def transform(name: str, terms: int = 5) -> Transform:
+    """``cayley``, ``expm``, ``neumann`` or ``neumann_old`` (the last two with their number of terms) -> Transform."""
+    if name == "cayley":
+        return Transform(cayley, lambda lam: (torch.ones_like(lam), _cayley_angle(lam)), _cayley_angle, _cayley_lam, True)
+    if name == "expm":
+        return Transform(torch.linalg.matrix_exp, lambda lam: (torch.ones_like(lam), lam), lambda lam: lam, float, True)
+    if name in ("neumann", "neumann_old"):
+        return _neumann_transform(terms, name == "neumann_old")
+    raise ValueError(f"unknown transform {name!r}")
+
+
+def scaled_planes(kind: Transform, lam: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Gain and angle per plane of the ``rotation`` rule (generator scaled by s), lam (..., b) at s = 1.
+
+    Exact transforms: the transform of s*q. Series: the trainer's own polynomial of s*q while |s|*lam <= 0.5. Beyond that a series
+    leaves the circle fast (it is singular at 90 degrees), so gain and angle run smoothly from there to the file's own values at
+    s = 1 and the gain stays where it is beyond s = 1: exact at 0 and 1, continuous and bounded in between and outside.
+    """
+    size = abs(s)
+    if kind.exact:
+        gain, angle = kind.plane(size * lam)
+        return gain, math.copysign(1, s) * angle
+    knee = 0.5 / lam  # strength at which the plane leaves the safe range
+    start_gain, start_angle = kind.plane(torch.full_like(lam, 0.5))
+    end_gain, end_angle = kind.plane(lam)
+    start_off = start_angle - kind.angle(torch.full_like(lam, 0.5))
+    end_off = end_angle - kind.angle(lam)
+    t = ((size - knee) / (1 - knee).clamp_min(1e-9)).clamp(0, 1)
+    tiny = torch.finfo(lam.dtype).tiny
+    between = torch.exp(torch.lerp(start_gain.clamp_min(tiny).log(), end_gain.clamp_min(tiny).log(), t))
+    strong = lam > 0.5  # these leave the safe range before s = 1
+    far_gain = torch.where(strong, between, start_gain)
+    far_angle = kind.angle(size * lam) + torch.where(strong, torch.lerp(start_off, end_off, t), start_off)
+    near_gain, near_angle = kind.plane(size * lam)
+    near = size * lam <= 0.5
+    sign = math.copysign(1, s)
+    return torch.where(near, near_gain, far_gain), sign * torch.where(near, near_angle, far_angle)
