@@ -14,7 +14,8 @@ from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
 class Target:
     """Where a module's weight is: parameter `key`, of it the rows (start, length) or all (None).
 
-    `swap_halves`: the file's upper and lower half of the rows are the model's lower and upper half (shift and scale of an adaptive norm).
+    `swap_halves`: the file's upper and lower half of the rows are the model's lower and upper half (shift
+    and scale of an adaptive norm).
     """
 
     key: str
@@ -31,14 +32,16 @@ _OWN, _FULL, _OTHER_LAYOUT, _PARAMETER = range(4)
 class NameIndex:
     """Finds the parameters of one model by the module names of adapter files.
 
-    shapes: every parameter key of the model (checkpoint, bare diffusion model or text encoder, live ComfyUI model, diffusers) -> shape.
+    shapes: every parameter key of the model (checkpoint, bare diffusion model or text encoder, live ComfyUI
+    model, diffusers) -> shape.
 
-    Matching ignores the difference between `.` and `_`. When that, or another layout, makes one name mean two modules, the module that
-    bears the name itself wins over one that has it in another layout; between two equals the name stays unresolved, unless it is
-    written with the model's own dots.
+    Matching ignores the difference between `.` and `_`. When that, or another layout, makes one name mean
+    two modules, the module that bears the name itself wins over one that has it in another layout; between
+    two equals the name stays unresolved, unless it is written with the model's own dots.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        self.shapes = shapes
         self._exact: dict[str, Targets] = {}
         self._tables: dict[str, dict[str, tuple[int, Targets]]] = {part: {} for part in PARTS}
         base = BaseNames(shapes)
@@ -59,7 +62,9 @@ class NameIndex:
             for alias in other_names({path: shapes[key] for path, key in found.items()}):
                 targets = tuple(Target(found[path], rows, alias.swap) for path, rows in alias.parts)
                 self._add(part, alias.name, targets, _OTHER_LAYOUT)
-        self.family: str = family_of_model({p: {m: shapes[k] for m, k in found.items()} for p, found in keys.items()})
+        self.family: str = family_of_model(
+            {p: {m: shapes[k] for m, k in found.items()} for p, found in keys.items()}
+        )
 
     def _add(self, part: str, name: str, targets: Targets, rank: int) -> None:
         table, name = self._tables[part], underscored(name)
@@ -70,9 +75,11 @@ class NameIndex:
             table[name] = (rank, ())  # two equals: nobody's
 
     def resolve(self, module: str) -> list[Target]:
-        """Where the weight of an adapter's module is; [] if this model has no such module or the name is ambiguous.
+        """Where the weight of an adapter's module is; [] if this model has no such module or the name is
+        ambiguous.
 
-        Several targets: the file's module is one fused matrix whose parts the model stores apart, stacked in this order.
+        Several targets: the file's module is one fused matrix whose parts the model stores apart, stacked
+        in this order.
         """
         module = clean(module)
         if module in self._exact:
@@ -82,14 +89,17 @@ class NameIndex:
             table = self._tables[part]
             for path in name.paths:
                 hit = table.get(path)
-                if hit is None and path.endswith("_to_out"):  # diffusers once left out the index of the first sublayer
+                if hit is None and path.endswith(
+                    "_to_out"
+                ):  # diffusers once left out the index of the first sublayer
                     hit = table.get(path + "_0")
                 if hit is not None:
                     return list(hit[1])
         return []
 
     def _parts_for(self, name: ModuleName) -> Sequence[str]:
-        """Where to look when the prefix does not say: the diffusion model, unless the path shows a text encoder; then the first CLIP."""
+        """Where to look when the prefix does not say: the diffusion model, unless the path shows a text
+        encoder; then the first CLIP."""
         if name.text == "t5":
             return ("te3",)
         clip = "te1" if self._tables["te1"] else "te2"
@@ -104,5 +114,6 @@ def _module(key: str) -> str:
 
 
 def _is_transposed(path: str) -> bool:
-    """open_clip keeps its text projection as (in, out): no adapter of the usual (out, in) projection fits it."""
+    """open_clip keeps its text projection as (in, out): no adapter of the usual (out, in) projection fits
+    it."""
     return path == "text_projection"
