@@ -1,7 +1,8 @@
 """Module names: which parameter of a model does a module name in an adapter file mean?
 
-Adapter files come in a dozen spellings (kohya underscores, diffusers, the model authors' own names, text encoder prefixes), and so do the
-models. `NameIndex` reads the parameter names of one model and answers `resolve(module name)` with a dictionary look-up. Pure Python.
+Adapter files come in a dozen spellings (kohya underscores, diffusers, the model authors' own names, text
+encoder prefixes), and so do the models. `NameIndex` reads the parameter names of one model and answers
+`resolve(module name)` with a dictionary look-up. Pure Python.
 """
 
 from .families import guess_family

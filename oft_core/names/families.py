@@ -13,7 +13,10 @@ _MODEL_MARKS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for family, pattern in (
         ("chroma", r"distilled_guidance_layer\."),
         ("hunyuan_video", r"txt_in\.individual_token_refiner\.|context_embedder\.token_refiner\."),
-        ("flux", r"double_blocks\.\d+\.|single_blocks\.\d+\.linear1|single_transformer_blocks\.\d+\.proj_mlp"),
+        (
+            "flux",
+            r"double_blocks\.\d+\.|single_blocks\.\d+\.linear1|single_transformer_blocks\.\d+\.proj_mlp",
+        ),
         ("sd3", r"joint_blocks\.\d+\."),
         ("ltx", r"(?:model\.)?patchify_proj$"),
         ("qwen_image", r"transformer_blocks\.\d+\.img_mod\.1"),
@@ -30,11 +33,13 @@ _CROSS_KEY = re.compile(r"attn2\.to_k$")
 def family_of_model(parts: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
     """The family of a model given, for each part, its module paths and weight shapes.
 
-    "sd1", "sd2", "sdxl" (also its refiner), "unet" (a U-Net that could be several), "sd3", "flux", "chroma", "hunyuan_video", "ltx",
-    "qwen_image", "auraflow", "lumina2" (also Z-Image), "pixart", "wan", "text encoder", or "unknown".
+    "sd1", "sd2", "sdxl" (also its refiner), "unet" (a U-Net that could be several), "sd3", "flux",
+    "chroma", "hunyuan_video", "ltx", "qwen_image", "auraflow", "lumina2" (also Z-Image), "pixart", "wan",
+    "text encoder", or "unknown".
 
-    The U-Nets differ in structure: SDXL embeds more than the time step; SD1 and SD2 differ in the width of the text they read
-    (768, 1024) and, for other widths, in whether attention is entered by a convolution (SD1) or a linear layer (SD2).
+    The U-Nets differ in structure: SDXL embeds more than the time step; SD1 and SD2 differ in the width of
+    the text they read (768, 1024) and, for other widths, in whether attention is entered by a convolution
+    (SD1) or a linear layer (SD2).
     """
     unet = parts.get("unet", {})
     for family, mark in _MODEL_MARKS:
@@ -52,7 +57,9 @@ def family_of_model(parts: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
 def _unet_family(unet: Mapping[str, Sequence[int]]) -> str:
     if any(path.startswith(("label_emb.", "add_embedding.")) for path in unet):
         return "sdxl"
-    if any(".transformer_blocks.1." in path for path in unet):  # SD1 and SD2 have one transformer block a place
+    if any(
+        ".transformer_blocks.1." in path for path in unet
+    ):  # SD1 and SD2 have one transformer block a place
         return "sdxl"
     widths = {shape[1] for path, shape in unet.items() if _CROSS_KEY.search(path) and len(shape) == 2}
     entries = {len(shape) for path, shape in unet.items() if path.endswith(".proj_in")}
@@ -64,20 +71,25 @@ def _unet_family(unet: Mapping[str, Sequence[int]]) -> str:
     return "unet"
 
 
-_FLUX_FILE = re.compile(r"(?:double|single)_blocks_\d+_(?:img_|txt_|linear|modulation)|single_transformer_blocks_\d+_")
+_FLUX_FILE = re.compile(
+    r"(?:double|single)_blocks_\d+_(?:img_|txt_|linear|modulation)|single_transformer_blocks_\d+_"
+)
 _JOINT_FILE = re.compile(r"transformer_blocks_\d+_(?:attn_(?:to|add)_|norm1_context_|ff_context_)")
 _UNET_FILE = re.compile(r"(?:input|output|middle|down|up|mid)_blocks?_")
 _SEVERAL_DEEP = re.compile(r".*_transformer_blocks_[1-9]")
-_NOT_SDXL = re.compile(r"(?:input_blocks_(?:1|2)_1_|output_blocks_(?:6|7|8|9|10|11)_1_t|down_blocks_0_att|down_blocks_3_|up_blocks_(?:2_att|3_))")
+_NOT_SDXL = re.compile(
+    r"input_blocks_[12]_1_|output_blocks_(?:[678]_1_t|9_|1\d_)|down_blocks_(?:0_att|3_)|up_blocks_(?:2_att|3_)"
+)
 
 
 def guess_family(modules: Iterable[str]) -> str:
     """What an adapter file is for, from its module names alone.
 
-    "flux": Flux names, original or diffusers (HunyuanVideo and Chroma share the original ones); "sd3": `joint_blocks`; "flux or sd3":
-    diffusers names of joint attention without any single block; "sdxl": several transformer blocks in one place, or CLIP-G beside a
-    U-Net; "sd1 or sd2": a U-Net with attention where SDXL has none, or with `lora_te_`; "sd1, sd2 or sdxl": a U-Net of which no more
-    can be told; "text encoder": nothing else in the file; otherwise "unknown".
+    "flux": Flux names, original or diffusers (HunyuanVideo and Chroma share the original ones); "sd3":
+    `joint_blocks`; "flux or sd3": diffusers names of joint attention without any single block; "sdxl":
+    several transformer blocks in one place, or CLIP-G beside a U-Net; "sd1 or sd2": a U-Net with blocks
+    where SDXL has none; "sd1, sd2 or sdxl": a U-Net of which no more can be told; "text encoder": nothing
+    else in the file; otherwise "unknown".
     """
     names = [parse(clean(module)) for module in modules]
     text = {name.part for name in names if name.part.startswith("te")}

@@ -1,8 +1,8 @@
 """Prefixes: which part of a pipeline a name belongs to, and the path that remains without them.
 
-Parts are "unet" (any diffusion model), "te1" (CLIP-L, CLIP-H, or a language model used as encoder), "te2" (CLIP-G) and "te3" (T5).
-Trainers number text encoders by their place in a pipeline, so Flux's T5 is also called `te2`: the path, which is unmistakable for a T5,
-wins over the number.
+Parts are "unet" (any diffusion model), "te1" (CLIP-L, CLIP-H, or a language model used as encoder), "te2"
+(CLIP-G) and "te3" (T5). Trainers number text encoders by their place in a pipeline, so Flux's T5 is also
+called `te2`: the path, which is unmistakable for a T5, wins over the number.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ _ENCODER_PARTS = {
 }
 _KNOWN_ENCODER = "|".join(sorted(_ENCODER_PARTS, key=len, reverse=True))
 
-# A CLIP-G has 32 layers, CLIP-L 12, CLIP-H 24: depth tells them apart where no prefix does, whatever the width.
+# A CLIP-G has 32 layers, CLIP-L 12, CLIP-H 24: depth tells them apart where no prefix does, whatever the
+# width.
 _CLIP_G_LAYER = re.compile(r"(?:^|\.)(?:encoder\.layers|resblocks)\.30\.")
 
-_T5_PATH = re.compile(r"(?:shared$|shared[._]weight$|(?:encoder|decoder)[._](?:block[._]|final_layer_norm|embed_tokens))")
+_T5_PATH = re.compile(
+    r"(?:shared$|shared[._]weight$|(?:encoder|decoder)[._](?:block[._]|final_layer_norm|embed_tokens))"
+)
 _CLIP_PATH = re.compile(r"(?:text_model[._]|transformer[._]resblocks[._])")
 
 _NOISE = re.compile(r"\.default(?=\.|$)|[._]processor(?=[._]to_)")
 
-# One step each: what may stand in front of a module path in an adapter file. A group, if any, is the text encoder's number or name.
-# `transformer_` needs its dot before `blocks`, or the bare name `transformer_blocks_0` would lose its first word.
+# One step each: what may stand in front of a module path in an adapter file. A group, if any, is the text
+# encoder's number or name.
+# `transformer_` needs its dot before `blocks`, or the bare name `transformer_blocks_0` would lose its first
+# word.
 _STEPS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"(?:lora|oft|oftv2|boft)[._](?:prior[._])?unet[._]"), "unet"),
     (re.compile(r"(?:lora|oft|oftv2|boft)[._]transformer[._]"), "unet"),
@@ -62,7 +67,8 @@ class ModuleName:
 
     part: what its prefix says it is for; "" = the prefix does not say.
     paths: its path, `_` for `.`, in every possible reading, longest first.
-    text: the kind of text encoder that such a path can only be in, "clip" or "t5"; "" = not seen from the path.
+    text: the kind of text encoder that such a path can only be in, "clip" or "t5"; "" = not seen from the
+    path.
     """
 
     part: str
@@ -91,15 +97,17 @@ def is_clip_path(path: str) -> bool:
 
 
 def bare_text_path(path: str) -> str:
-    """CLIP paths with and without the outer `text_model` are the same module; the index knows them without."""
+    """CLIP paths with and without the outer `text_model` are the same module; the index knows them
+    without."""
     return re.sub(r"^text_model[._]", "", path)
 
 
 def parse(module: str) -> ModuleName:
     """Take a cleaned adapter module name apart.
 
-    Every reading is kept (with and without `model_`, for example), the longest first, since a prefix may also be the first word of a
-    path. The first prefix that names a part decides; a later one that contradicts it is read as part of the path.
+    Every reading is kept (with and without `model_`, for example), the longest first, since a prefix may
+    also be the first word of a path. The first prefix that names a part decides; a later one that
+    contradicts it is read as part of the path.
     """
     rest, part = module, ""
     readings = [rest]
@@ -146,13 +154,19 @@ def _said(says: str | None, match: re.Match[str], rest: str, part: str) -> str:
 
 
 def encoder_part(name: str) -> str:
-    """The part of a text encoder given by number ("1".."3") or by ComfyUI's name; unknown names (language models) count as "te1"."""
+    """The part of a text encoder given by number ("1".."3") or by ComfyUI's name; unknown names (language
+    models) count as "te1"."""
     return f"te{name}" if name in ("1", "2", "3") else _ENCODER_PARTS.get(name, "te1")
 
 
 # Where parts live in models: whole checkpoints, ComfyUI's live models, diffusers-like collections.
 _BASE_PREFIX: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(?:first_stage_model|vae|model_ema|control_model|vision_model|visual_projection|clip_vision)\."), "none"),
+    (
+        re.compile(
+            r"(?:first_stage_model|vae|model_ema|control_model|vision_model|visual_projection|clip_vision)\."
+        ),
+        "none",
+    ),
     (re.compile(r"(?:model\.)?diffusion_model\.|unet\."), "unet"),
     (re.compile(r"cond_stage_model\.(?:model|transformer)\."), "te1"),
     (re.compile(r"conditioner\.embedders\.0\.transformer\."), "te1"),
@@ -171,16 +185,23 @@ _BASE_PREFIX: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"text_encoder(?:_([123]))?\."), "te"),
     (re.compile(r"te([123]?)\."), "te"),
 )
-_OPEN_CLIP_LOOSE = re.compile(r"(?:token_embedding\.|positional_embedding$|ln_final\.|text_projection|logit_scale$)")
+_OPEN_CLIP_LOOSE = re.compile(
+    r"(?:token_embedding\.|positional_embedding$|ln_final\.|text_projection|logit_scale$)"
+)
 _LANGUAGE_MODEL = re.compile(r"model\.(?:layers|embed_tokens|norm)\.")
 
 
 class BaseNames:
-    """Splits the parameter names of one model into (part, dotted path); looks at all names once, for what a single one cannot tell."""
+    """Splits the parameter names of one model into (part, dotted path); looks at all names once, for what a
+    single one cannot tell."""
 
     def __init__(self, keys: Iterable[str]):
         keys = list(keys)
-        loose = [k for k in keys if k.startswith(("text_model.", "transformer.resblocks.", "transformer.text_model."))]
+        loose = [
+            k
+            for k in keys
+            if k.startswith(("text_model.", "transformer.resblocks.", "transformer.text_model."))
+        ]
         self._loose_clip = "te2" if any(_CLIP_G_LAYER.search(k) for k in loose) else "te1"
         self._loose_open_clip = any(k.startswith("transformer.resblocks.") for k in loose)
         self._loose_language_model = "model.embed_tokens.weight" in keys
@@ -188,7 +209,8 @@ class BaseNames:
         self._by_depth = "te2" if any(_CLIP_G_LAYER.search(k) for k in first) else "te1"
 
     def split(self, key: str) -> tuple[str, str]:
-        """(part, path) of one parameter; part is "none" for what no adapter is for (VAE, averaged copies, vision towers)."""
+        """(part, path) of one parameter; part is "none" for what no adapter is for (VAE, averaged copies,
+        vision towers)."""
         for pattern, says in _BASE_PREFIX:
             match = pattern.match(key)
             if match is None:
