@@ -223,6 +223,11 @@ class ComfyServer:
             process.kill()
             process.wait()
 
+    def wait(self) -> None:
+        """Block until the process ends by itself."""
+        if self.process is not None:
+            self.process.wait()
+
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 

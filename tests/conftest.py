@@ -6,9 +6,12 @@ hide ComfyUI's module of that name from the tests that import ComfyUI.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -20,3 +23,10 @@ class _RepoPackages:
 
 
 sys.meta_path.insert(0, _RepoPackages)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("OFT_RUFF_FAILED"):
+        terminalreporter.write_line(
+            "ruff found faults (listed before the tests), so this run fails.", red=True
+        )
