@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..oft_core.adapter import LayerRotation, Strength, build_all
+from ..oft_core import LayerRotation, Strength, build_all
 
 # Memory for built rotations over all files and devices, in bytes. The batch that was built last always stays.
 LIMIT_BYTES = 384 << 20

@@ -12,8 +12,7 @@ from collections import OrderedDict
 
 import folder_paths
 
-from ..oft_core.adapter import Adapter, ReadOptions, load_adapter
-from ..oft_core.errors import FileError
+from ..oft_core import Adapter, FileError, ReadOptions, load_adapter
 from . import host
 
 FOLDER = "oft"

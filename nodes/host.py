@@ -20,10 +20,23 @@ import comfy.utils
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 
-from ..oft_core.adapter import Adapter, Diff, LayerRotation, Patch, Strength
-from ..oft_core.errors import AdapterError, ModelMismatch
-from ..oft_core.names import NameIndex, Target, component, guess_family
-from ..oft_core.report import describe
+from ..oft_core import (
+    Adapter,
+    AdapterError,
+    Binding,
+    Diff,
+    LayerRotation,
+    ModelMismatch,
+    NameIndex,
+    Patch,
+    ShapeError,
+    Strength,
+    Target,
+    component,
+    describe,
+    guess_family,
+)
+from ..oft_core.adapter import apply_swapped_
 from . import cache
 
 log = logging.getLogger("oft")
@@ -149,24 +162,16 @@ class RotationPatch(WeightAdapterBase):
     def _apply(self, weight: torch.Tensor, strength: float) -> None:
         (tensors, base_norm), plain, (kind, token, place, mode, coft, swap) = self.weights
         at = Strength(strength, mode, coft)
-        # Autocast would run the products in half precision.
-        with torch.autocast(weight.device.type, enabled=False):
+        # Autocast would run the products in half precision. The weights are constants here even where a caller, such as
+        # a training node, has gradients switched on.
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if kind == DIFF:
                 op, built = Diff.from_state(tensors, plain), None
             else:
                 op = LayerRotation.from_state(tensors, plain)
                 with normal_tensors():
                     built = cache.rotation(token, place, at, weight.device, op)
-            target = _swapped(weight) if swap else weight
-            op.apply_(target, at, rotation=built, base_row_norm=base_norm)
-            if swap:
-                weight.copy_(_swapped(target))
-
-
-def _swapped(weight: torch.Tensor) -> torch.Tensor:
-    """A copy with the two halves of the rows exchanged (AdaLN scale and shift); its own inverse."""
-    first, second = weight.chunk(2, dim=0)
-    return torch.cat((second, first))
+            apply_swapped_(op, weight, at, swap, rotation=built, base_row_norm=base_norm)
 
 
 class Keeper:
@@ -182,7 +187,7 @@ class Keeper:
 
 
 def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
-    """Row norms (rows,) float32 of the layer's unpatched, dequantised weight, in the file's row order."""
+    """Row norms (rows,) float32 of the layer's unpatched, dequantised weight."""
     stored, convert = unpatched[patch.key][0]
     if stored.is_meta or not torch.is_floating_point(stored):
         raise AdapterError(
@@ -194,8 +199,7 @@ def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
     weight = convert(stored.detach().to(torch.float32, copy=True), inplace=True)
     if patch.rows is not None:
         weight = weight.narrow(0, *patch.rows)
-    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    return _swapped(norm) if patch.swap_halves else norm
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
 def make_patches(side: Side, patches: Iterable[Patch], mode: str, coft: str | float) -> tuple[list[dict], Keeper]:
@@ -250,11 +254,8 @@ def apply(adapter: Adapter, model: Any | None, clip: Any | None, at_model: Stren
         sides.append(_clip_side(clip))
     shapes = {key: shape for side in reversed(sides) for key, shape in side.shapes.items()}
     aliases = {name: target for side in reversed(sides) for name, target in side.aliases.items()}
-    index = HostIndex(shapes, aliases)
-    binding = adapter.bind(index)
     absent = _absent(adapter, model, clip)
-    if not binding.patches:
-        raise _mismatch(adapter, index, absent, binding.unmatched)
+    binding = _bound(adapter, HostIndex(shapes, aliases), absent)
 
     given = {"model": model, "clip": clip}
     notes: list[str] = []
@@ -267,7 +268,7 @@ def apply(adapter: Adapter, model: Any | None, clip: Any | None, at_model: Stren
             notes.append(f"{side.name}: strength 0, nothing changed.")
             continue
         for patch in mine:
-            patch.op.check_strength(at, module=patch.module, file=adapter.name)
+            patch.op.check_strength(at, module=patch.module, file=adapter.path)
         given[side.name] = _patched(side, mine, at)
 
     unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
@@ -309,23 +310,51 @@ def _absent(adapter: Adapter, model: Any | None, clip: Any | None) -> dict[str, 
     return {c: w for c, w in words.items() if (c == "unet" and model is None) or (c != "unet" and clip is None)}
 
 
-def _mismatch(adapter: Adapter, index: NameIndex, absent: Mapping[str, str], unmatched: Mapping[str, str]) -> ModelMismatch:
-    """Why nothing matched, in one sentence."""
-    parts = set(map(component, adapter.entries))
-    if parts <= set(absent):
-        return ModelMismatch(
-            "The file has only layers for a part that this node was not given",
-            file=adapter.name,
-            found=", ".join(sorted({absent[c] for c in parts})),
+FAMILIES = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "SDXL",
+    "sd3": "Stable Diffusion 3 or 3.5",
+    "flux": "Flux",
+    "unet": "a Stable Diffusion U-Net",
+    "text encoder": "a text encoder",
+    "unknown": "a model of unknown kind",
+}
+DEFINITE = frozenset({"sd1", "sd2", "sdxl", "sd3", "flux"})
+
+
+def _called(family: str) -> str:
+    return FAMILIES.get(family, family)
+
+
+def _bound(adapter: Adapter, index: HostIndex, absent: Mapping[str, str]) -> Binding:
+    """The file's layers placed on the model. Raises `ModelMismatch` if the file is for something else."""
+    made_for, is_a = guess_family(adapter.entries), index.family
+    if set(adapter.components) <= set(absent):
+        raise ModelMismatch(
+            "This file has layers only for a part that the node was not given",
+            file=adapter.path,
+            found=", ".join(sorted(set(absent.values()))),
             hint="Use Load OFT with both MODEL and CLIP connected.",
         )
-    made_for, is_a = guess_family(adapter.entries), index.family
-    module, why = next(iter(unmatched.items()), (None, None))
-    return ModelMismatch(
-        "No layer of this file belongs to this model",
-        file=adapter.name,
-        module=module,
-        found=f"a file for {made_for}" + (f" ({why})" if why else ""),
-        expected=f"a file for {is_a}",
-        hint="Choose a file that was trained on this model family.",
-    )
+    hint = "Choose a file that was trained on this kind of model."
+    try:
+        binding = adapter.bind(index, strict=False)
+    except ShapeError as error:
+        if made_for == is_a or not {made_for, is_a} <= DEFINITE:
+            raise
+        # Some names are the same in several families; the sizes then are not.
+        found = f"a file for {_called(made_for)}; its layer {error.module} does not fit ({error.found})"
+        raise ModelMismatch(
+            "This file is for another kind of model", file=adapter.path, found=found, expected=f"a file for {_called(is_a)}", hint=hint
+        ) from error
+    if not binding.matched:
+        raise ModelMismatch(
+            "No layer of this file belongs to this model",
+            file=adapter.path,
+            module=next(iter(adapter.entries)),
+            found=f"a file for {_called(made_for)}, {len(adapter.entries)} layers",
+            expected=f"a file for {_called(is_a)}",
+            hint=hint,
+        )
+    return binding

@@ -6,9 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..oft_core.adapter import Adapter, ReadOptions, Strength
-from ..oft_core.constraint import COFT_CHOICES, MODES, coft_choice
-from ..oft_core.errors import StrengthError
+from ..oft_core import COFT_CHOICES, MODES, Adapter, ReadOptions, Strength, StrengthError, describe
+from ..oft_core.constraint import coft_choice
 from . import compat, folders, host
 
 CATEGORY = "OFT"
@@ -214,7 +213,7 @@ class OFTLoadAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, oft_name, **options: str) -> io.NodeOutput:
         adapter = folders.read(oft_name, ReadOptions(**options))
-        text = host.described(adapter)
+        text = describe(adapter).to_text()
         return io.NodeOutput(adapter, text, ui=ui.PreviewText(text))
 
 

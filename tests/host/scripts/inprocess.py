@@ -1,0 +1,918 @@
+"""Checks of the patching inside a real ComfyUI process, without a server.
+
+usage: python inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
+
+Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}. `python inprocess.py --list` names them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[3]
+CHECKS: dict[str, object] = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def start(host_dir: str, work_dir: str):
+    """Import ComfyUI for the CPU, and our pack as ComfyUI would, under a name of its own."""
+    sys.path[:0] = [host_dir, str(REPO / "dev" / "host_nodes")]
+    sys.argv[1:] = []
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = work_dir
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_oft", REPO / "__init__.py", submodule_search_locations=[str(REPO)]
+    )
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_oft"] = pack
+    spec.loader.exec_module(pack)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--list"]:
+        host, work, *wanted = sys.argv[1:]
+        start(host, work)
+
+if "comfyui_oft" in sys.modules:
+    import asyncio
+
+    import comfy.hooks
+    import comfy.lora
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.sd
+    import comfy.utils
+    import families
+    import folder_paths
+    import torch
+    from comfyui_oft.nodes import cache, compat, folders, host, load
+    from comfyui_oft.oft_core import AdapterError, ModelMismatch, ReadOptions, Strength, StrengthError, read_tensors
+    from safetensors.torch import save_file
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def weight_names(patcher, want):
+    """Two- and four-dimensional weights of the diffusion model whose name holds one of `want`."""
+    sd = patcher.model.state_dict()
+    return [
+        k for k, v in sd.items()
+        if k.startswith("diffusion_model.") and k.endswith(".weight") and v.ndim in (2, 4) and any(w in k for w in want)
+    ]
+
+
+def diag_oft(shapes, seed=0, block=8, std=0.1, name=lambda k: "lora_unet_" + k[16:-7].replace(".", "_")):
+    """LyCORIS Diag-OFT tensors (output side) for parameters {key: shape}."""
+    out, g = {}, generator(seed)
+    for key, shape in shapes.items():
+        if shape[0] % block == 0:
+            out[name(key) + ".oft_blocks"] = torch.randn(shape[0] // block, block, block, generator=g) * std
+            out[name(key) + ".alpha"] = torch.tensor(0.0)
+    return out
+
+
+def input_oft(shapes, seed=0, block=8, std=0.02, name=lambda k: "lora_unet_" + k[16:-7].replace(".", "_")):
+    """OneTrainer OFT tensors (input side, Neumann) for parameters {key: shape}."""
+    out, g = {}, generator(seed)
+    for key, shape in shapes.items():
+        n = math.prod(shape[1:])
+        if n % block == 0:
+            out[name(key) + ".oft_R.weight"] = torch.randn(n // block, block * (block - 1) // 2, generator=g) * std
+    return out
+
+
+def shapes_of(patcher, want):
+    sd = patcher.model.state_dict()
+    return {k: tuple(sd[k].shape) for k in weight_names(patcher, want)}
+
+
+def cayley(q):
+    eye = torch.eye(q.shape[-1], dtype=torch.float64)
+    return torch.stack([(eye + one) @ torch.linalg.inv(eye - one) for one in q.double()])
+
+
+def rotated_out(weight, blocks, s=1.0):
+    """Independent formula of the rotation mode: rows of each block times cay(s (A - A^T))^T, in float64."""
+    q = (blocks - blocks.transpose(-1, -2)).double()
+    r = cayley(s * q).transpose(-1, -2)
+    flat = weight.double().reshape(r.shape[0], r.shape[1], -1)
+    return torch.bmm(r, flat).reshape(weight.shape)
+
+
+def state(patcher):
+    return {k: v.detach().clone() for k, v in patcher.model.state_dict().items()}
+
+
+def loaded(patcher):
+    """Weights after a full load; unpatched again before returning."""
+    patcher.patch_model(torch.device("cpu"))
+    out = state(patcher)
+    patcher.unpatch_model(torch.device("cpu"))
+    return out
+
+
+def weights_in_forward(patcher, dtype):
+    """What every layer multiplies with after a partial load with nothing resident, {key: tensor}."""
+    patcher.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+    assert patcher.model.model_lowvram
+    out, probe = {}, torch.zeros(1, dtype=dtype)
+    for name, module in patcher.model.named_modules():
+        if hasattr(module, "comfy_cast_weights") and getattr(module, "weight", None) is not None:
+            weight, bias = comfy.ops.cast_bias_weight(module, probe)
+            out[name + ".weight"] = weight.detach().clone()
+            if bias is not None:
+                out[name + ".bias"] = bias.detach().clone()
+    patcher.unpatch_model(torch.device("cpu"))
+    return out
+
+
+def sd15(seed=0):
+    return families.make_model("sd15", seed=seed)
+
+
+ATTENTION = ("attn1.to_", "attn2.to_")
+MIXED = (*ATTENTION, "in_layers.2", "ff.net", "proj_in")
+
+
+def adapter_for(patcher, want=MIXED, seed=0, make=diag_oft, **options):
+    return read_tensors(make(shapes_of(patcher, want), seed), {}, name="test.safetensors", **options)
+
+
+def applied(adapter, model, s=1.0, mode="rotation", coft="file", clip=None, s_clip=None):
+    at = Strength(s, mode, coft)
+    return host.apply(adapter, model, clip, at, Strength(s if s_clip is None else s_clip, mode, coft))
+
+
+def close(a, b, tolerance):
+    worst = float((a.double() - b.double()).abs().max())
+    assert worst <= tolerance, f"differs by {worst:.3g}, allowed {tolerance:.3g}"
+
+
+def same(a, b, what=""):
+    assert a.keys() == b.keys() or not what, f"{what}: {a.keys() ^ b.keys()}"
+    for key in a:
+        assert torch.equal(a[key], b[key]), f"{what} {key} differs"
+
+
+def raises(kind, call):
+    try:
+        call()
+    except kind as error:
+        text = str(error)
+        assert len(text) > 30 and "Traceback" not in text, text
+        return text
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def write(folder, name, tensors, metadata=None):
+    path = Path(folder_paths.models_dir) / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata)
+    folder_paths.filename_list_cache.clear()
+    return path
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@check
+def full_load_is_the_formula():
+    model = sd15()
+    base, tensors = state(model), diag_oft(shapes_of(model, MIXED))
+    adapter = read_tensors(tensors, {}, name="test")
+    for s in (1.0, 0.37, -1.0, 3.0):
+        got = loaded(applied(adapter, model, s).model)
+        for key in base:
+            blocks = tensors.get("lora_unet_" + key[16:-7].replace(".", "_") + ".oft_blocks")
+            if blocks is None:
+                assert torch.equal(got[key], base[key]), key
+            else:
+                close(got[key], rotated_out(base[key], blocks, s), 2e-6)
+    same(state(model), base, "base after unpatch")
+
+
+@check
+def partial_load_is_bit_identical():
+    for make in (diag_oft, input_oft):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            model = sd15()
+            model.model.diffusion_model.to(dtype)
+            adapter = adapter_for(model, make=make)
+            patched = applied(adapter, model, 0.8).model
+            full = loaded(patched)
+            partly = weights_in_forward(patched, dtype)
+            touched = [k for k in partly if k in patched.patches]
+            assert len(touched) == len(patched.patches) > 20
+            for key in partly:
+                assert torch.equal(full[key], partly[key]), f"{make.__name__} {dtype} {key}"
+
+
+@check
+def partial_load_draws_the_same():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sd15()
+        model.model.diffusion_model.to(dtype)
+        patched = applied(adapter_for(model), model, 0.8).model
+        x, t = torch.randn(1, 4, 8, 8, generator=generator(3)).to(dtype), torch.tensor([500.0])
+        c = torch.randn(1, 77, 768, generator=generator(4)).to(dtype)
+        pictures = []
+        for budget in (0, 1):
+            patched.patch_model(torch.device("cpu"), lowvram_model_memory=budget)
+            with torch.no_grad():
+                pictures.append(patched.model.diffusion_model(x, t, context=c))
+            patched.unpatch_model(torch.device("cpu"))
+        with torch.no_grad():
+            plain = model.model.diffusion_model(x, t, context=c)
+        assert torch.equal(*pictures)
+        assert not torch.equal(pictures[0], plain)
+
+
+@check
+def fp8_weights():
+    model = sd15()
+    exact = loaded(applied(adapter_for(model), model).model)
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights") and module.weight is not None and module.weight.ndim > 1:
+            module.weight = torch.nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    base = state(model)
+    patched = applied(adapter_for(model), model).model
+    first, second = loaded(patched), loaded(patched)
+    partly = weights_in_forward(patched, torch.float32)
+    for key in patched.patches:
+        assert first[key].dtype == torch.float8_e4m3fn
+        assert torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8)), key
+        scale = float(exact[key].abs().max())
+        close(first[key].float(), exact[key], 0.13 * scale)
+        close(partly[key].float(), exact[key], 0.13 * scale)
+    for key, before in base.items():
+        assert torch.equal(before.float(), model.model.state_dict()[key].float()), key
+
+
+@check
+def scaled_fp8_weights():
+    ops = comfy.ops.scaled_fp8_ops(fp8_matrix_mult=False)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = ops.Linear(32, 64, bias=False, device="cpu", dtype=torch.float8_e4m3fn)
+
+    net = Net()
+    true = torch.randn(64, 32, generator=generator(0)) * 0.3
+    net.linear.weight = torch.nn.Parameter((true / 0.001).to(torch.float8_e4m3fn), requires_grad=False)
+    net.linear.scale_weight = torch.nn.Parameter(torch.tensor(0.001), requires_grad=False)
+    patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
+    blocks = torch.randn(8, 8, 8, generator=generator(1)) * 0.1
+    adapter = read_tensors({"linear.oft_blocks": blocks, "linear.alpha": torch.tensor(0.0)}, {}, name="test")
+    index = host.HostIndex({"linear.weight": (64, 32)}, {"linear": host.Target("linear.weight")})
+    side = host.Side("model", patcher, patcher, {"linear.weight": (64, 32)}, {})
+    dictionaries, keeper = host.make_patches(side, adapter.bind(index).patches, "rotation", "file")
+    clone = patcher.clone()
+    clone.add_patches(dictionaries[0], 1.0)
+    expected = rotated_out(net.linear.weight.float() * 0.001, blocks)
+    clone.patch_model(torch.device("cpu"))
+    close(net.linear.weight.float() * net.linear.scale_weight, expected, 0.04)
+    clone.unpatch_model(torch.device("cpu"))
+    assert keeper.batches
+
+
+@check
+def meeting_a_lora():
+    model = sd15()
+    key = weight_names(model, ("attn1.to_q",))[0]
+    base, delta = state(model)[key], torch.randn(*state(model)[key].shape, generator=generator(5)) * 0.1
+    tensors = diag_oft({key: tuple(base.shape)})
+    adapter, blocks = read_tensors(tensors, {}, name="test"), next(t for t in tensors.values() if t.ndim == 3)
+    before = model.clone()
+    before.add_patches({key: ("diff", (delta,))}, 0.5)
+    after_lora = loaded(applied(adapter, before).model)[key]
+    close(after_lora, rotated_out(base + 0.5 * delta, blocks), 2e-6)
+    after = applied(adapter, model).model
+    after.add_patches({key: ("diff", (delta,))}, 0.5)
+    close(loaded(after)[key], rotated_out(base, blocks) + 0.5 * delta, 2e-6)
+    for patched in (after, applied(adapter, before).model):
+        assert torch.equal(loaded(patched)[key], weights_in_forward(patched, torch.float32)[key])
+
+
+@check
+def two_adapters():
+    model = sd15()
+    key = weight_names(model, ("attn1.to_q",))[0]
+    base = state(model)[key]
+    files = [diag_oft({key: tuple(base.shape)}, seed) for seed in (1, 2)]
+    one, two = (read_tensors(t, {}, name="test") for t in files)
+    blocks = [next(t for t in f.values() if t.ndim == 3) for f in files]
+    both = applied(two, applied(one, model, 0.6).model, -1.5).model
+    close(loaded(both)[key], rotated_out(rotated_out(base, blocks[0], 0.6), blocks[1], -1.5), 2e-6)
+    undone = applied(one, applied(one, model, 1.0).model, -1.0).model
+    close(loaded(undone)[key], base, 2e-6)
+
+
+@check
+def hooks():
+    model = sd15()
+    base = state(model)
+    adapter = adapter_for(model)
+    side = host._model_side(model)
+    index = host.HostIndex(side.shapes, side.aliases)
+    dictionaries, keeper = host.make_patches(side, adapter.bind(index).patches, "rotation", "file")
+    assert len(dictionaries) == 1 and keeper.batches
+    for s, keyframe in ((1.0, None), (0.8, 0.25)):
+        hook = comfy.hooks.WeightHook(strength_model=s, strength_clip=s)
+        hook.weights, hook.need_weight_init = dictionaries[0], False
+        group = comfy.hooks.HookGroup()
+        group.add(hook)
+        if keyframe is not None:
+            frames = comfy.hooks.HookKeyframeGroup()
+            frames.add(comfy.hooks.HookKeyframe(strength=keyframe))
+            group.set_keyframes_on_hooks(frames)
+        patcher = model.clone()
+        patcher.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+        patcher.patch_model(torch.device("cpu"))
+        if keyframe is not None:
+            group.hooks[0].hook_keyframe.prepare_current_keyframe(10.0, {"sample_sigmas": torch.tensor([10.0, 0.0])})
+        patcher.apply_hooks(group, force_apply=True)
+        got = state(patcher)
+        patcher.unpatch_hooks()
+        patcher.unpatch_model(torch.device("cpu"))
+        same(got, loaded(applied(adapter, model, s * (keyframe or 1.0)).model), f"hook at {s} x {keyframe}")
+        same(state(model), base, "base after hooks")
+
+
+@check
+def unload_and_reload():
+    model = sd15()
+    base, patched = state(model), applied(adapter_for(model), model, 0.7).model
+    first = loaded(patched)
+    management.load_models_gpu([patched])
+    same(state(patched), first, "managed load")
+    management.unload_all_models()
+    same(state(model), base, "unloaded")
+    management.load_models_gpu([patched])
+    same(state(patched), first, "loaded again")
+    management.unload_all_models()
+    same(state(model), base, "unloaded again")
+
+
+@check
+def partly_unloaded():
+    model = sd15()
+    patched = applied(adapter_for(model), model, 0.7).model
+    full = loaded(patched)
+    patched.patch_model(torch.device("cpu"), lowvram_model_memory=10**9)
+    patched.partially_unload(torch.device("cpu"), 10**5)
+    seen = 0
+    for name, module in patched.model.named_modules():
+        if hasattr(module, "comfy_cast_weights") and getattr(module, "weight", None) is not None:
+            weight, _ = comfy.ops.cast_bias_weight(module, torch.zeros(1))
+            assert torch.equal(weight, full[name + ".weight"]), name
+            seen += bool(module.weight_function)
+    patched.unpatch_model(torch.device("cpu"))
+    assert seen
+
+
+@check
+def saved_checkpoint_has_the_rotation():
+    model = sd15()
+    patched = applied(adapter_for(model), model, 0.7).model
+    full = loaded(patched)
+    path = Path(folder_paths.models_dir) / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(path), patched)
+    from safetensors.torch import load_file
+
+    saved = load_file(path)
+    for key in patched.patches:
+        close(saved["model." + key].float(), full[key], 1e-3 * float(full[key].abs().max()) + 1e-6)
+    management.unload_all_models()
+
+
+@check
+def another_strength():
+    model = sd15()
+    adapter = adapter_for(model)
+    fresh = {s: loaded(applied(adapter, sd15(), s).model) for s in (0.5, 1.0)}
+    for s in (1.0, 0.5, 1.0):
+        management.load_models_gpu([applied(adapter, model, s).model])
+        same(state(model), fresh[s], f"strength {s}")
+    management.unload_all_models()
+
+
+@check
+def same_file_on_two_models():
+    one, two = sd15(0), sd15(1)
+    adapter = adapter_for(one)
+    a, b = applied(adapter, one).model, applied(adapter, two).model
+    management.load_models_gpu([a, b])
+    same(state(one), loaded(applied(adapter, sd15(0)).model), "first")
+    same(state(two), loaded(applied(adapter, sd15(1)).model), "second")
+    management.unload_all_models()
+
+
+@check
+def merged_models():
+    """ModelMergeSimple keeps the second model's patches as a nested list."""
+    one, two = sd15(0), sd15(1)
+    adapter = adapter_for(two)
+    merged, patched = one.clone(), applied(adapter, two).model
+    for key, value in patched.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: value}, 0.5, 0.5)
+    turned, base, got = loaded(patched), state(one), loaded(merged)
+    for key in patched.patches:
+        close(got[key], 0.5 * base[key] + 0.5 * turned[key], 1e-6)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@check
+def fused_slices():
+    model = families.make_model("flux")
+    base = state(model)
+    hidden = 64
+    names = ("to_q", "to_k", "to_v")
+    tensors, expected = {}, base["diffusion_model.double_blocks.0.img_attn.qkv.weight"].double()
+    for i, part in enumerate(names):
+        blocks = torch.randn(8, 8, 8, generator=generator(i)) * 0.1
+        tensors[f"lycoris_transformer_blocks_0_attn_{part}.oft_blocks"] = blocks
+        tensors[f"lycoris_transformer_blocks_0_attn_{part}.alpha"] = torch.tensor(0.0)
+        rows = slice(i * hidden, (i + 1) * hidden)
+        expected[rows] = rotated_out(expected[rows], blocks)
+    patched = applied(read_tensors(tensors, {}, name="test"), model).model
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    assert len(patched.patches[key]) == 3
+    full = loaded(patched)
+    close(full[key], expected, 2e-6)
+    assert torch.equal(full[key], weights_in_forward(patched, torch.float32)[key])
+
+
+@check
+def swapped_halves():
+    model = families.make_model("flux")
+    key = "diffusion_model.final_layer.adaLN_modulation.1.weight"
+    base = state(model)[key]
+    blocks = torch.randn(base.shape[0] // 8, 8, 8, generator=generator(0)) * 0.1
+    swap = torch.cat(base.chunk(2)[::-1])
+    expected = torch.cat(rotated_out(swap, blocks).chunk(2)[::-1])
+    for name in ("lycoris_norm_out_linear", "transformer.norm_out.linear"):
+        tensors = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(0.0)}
+        patched = applied(read_tensors(tensors, {}, name="test"), model).model
+        full = loaded(patched)
+        close(full[key], expected, 2e-6)
+        assert torch.equal(full[key], weights_in_forward(patched, torch.float32)[key])
+
+
+@check
+def function_of_the_host_is_honoured():
+    weight, blocks = torch.randn(64, 16, generator=generator(0)), torch.randn(8, 8, 8, generator=generator(1)) * 0.1
+    op = next(iter(read_tensors({"x.oft_blocks": blocks, "x.alpha": torch.tensor(0.0)}, {}, name="t")
+                   .bind(host.HostIndex({"x.weight": (64, 16)}, {"x": host.Target("x.weight")})).patches))
+    patch = host.RotationPatch({"x"}, ((op.op.to_state()[0], None), op.op.to_state()[1],
+                                       (host.ROTATION, 0, 0, "rotation", "file", False)))
+    got = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, comfy.utils.swap_scale_shift)], weight.clone(), "x")
+    swap = comfy.utils.swap_scale_shift
+    close(got, swap(rotated_out(swap(weight), blocks)), 2e-6)
+    plain = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], weight.clone(), "x")
+    close(plain, rotated_out(weight, blocks), 2e-6)
+
+
+@check
+def text_encoders_of_every_family():
+    names = {
+        "sd15": {"lora_te_text_model_encoder_layers_0_self_attn_q_proj": "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"},
+        "sd2": {"lora_te_text_model_encoder_layers_0_mlp_fc1": "clip_h.transformer.text_model.encoder.layers.0.mlp.fc1"},
+        "sdxl": {
+            "lora_te1_text_model_encoder_layers_1_self_attn_k_proj": "clip_l.transformer.text_model.encoder.layers.1.self_attn.k_proj",
+            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj": "clip_g.transformer.text_model.encoder.layers.1.self_attn.out_proj",
+        },
+        "sd3": {
+            "lora_te1_text_model_encoder_layers_0_mlp_fc2": "clip_l.transformer.text_model.encoder.layers.0.mlp.fc2",
+            "lora_te2_text_model_encoder_layers_0_mlp_fc2": "clip_g.transformer.text_model.encoder.layers.0.mlp.fc2",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+        },
+        "flux": {
+            "lora_te1_text_model_encoder_layers_0_self_attn_v_proj": "clip_l.transformer.text_model.encoder.layers.0.self_attn.v_proj",
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_o": "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.o",
+        },
+    }
+    for family, wanted in names.items():
+        model, clip = families.make_model(family), families.make_clip(family)
+        base = {k: v.detach().clone() for k, v in clip.cond_stage_model.state_dict().items()}
+        tensors, blocks = {}, {}
+        for i, (name, key) in enumerate(wanted.items()):
+            blocks[key] = torch.randn(base[key + ".weight"].shape[0] // 8, 8, 8, generator=generator(i)) * 0.1
+            tensors |= {f"{name}.oft_blocks": blocks[key], f"{name}.alpha": torch.tensor(0.0)}
+        adapter = read_tensors(tensors, {}, name="test")
+        done = applied(adapter, model, clip=clip)
+        assert not done.model.patches and done.clip.cond_stage_model is clip.cond_stage_model, family
+        assert set(done.clip.patcher.patches) == {k + ".weight" for k in blocks}, (family, list(done.clip.patcher.patches))
+        patched = loaded(done.clip.patcher)
+        for key in base:
+            if key[:-7] in blocks:
+                expected = rotated_out(base[key], blocks[key[:-7]])
+                close(patched[key], expected, 2e-6 if base[key].dtype == torch.float32 else 3e-3)
+            else:
+                assert torch.equal(patched[key], base[key]), (family, key)
+
+
+# --- special contents ------------------------------------------------------------------------------------------------
+
+
+@check
+def strength_zero_is_the_base():
+    model, clip = families.make_model("sd15"), families.make_clip("sd15")
+    done = applied(adapter_for(model), model, 0.0, clip=clip)
+    assert not done.model.patches and not done.clip.patcher.patches
+    assert "strength 0" in done.report
+    patch = next(iter(applied(adapter_for(model), model, 1.0).model.patches.values()))[0][1]
+    weight = torch.randn(32, 32, generator=generator(0))
+    kept = weight.clone()
+    assert patch.calculate_weight(weight, "k", 0.0, 1.0, None, lambda a: a) is weight and torch.equal(weight, kept)
+
+
+@check
+def row_norm_of_the_models_own_weight():
+    """dora_scale without initial_norm: each row ends up with the stored norm, whatever was patched before."""
+    model = sd15()
+    key = weight_names(model, ("attn1.to_q",))[0]
+    base = state(model)[key]
+    tensors = input_oft({key: tuple(base.shape)}, std=0.01)
+    name = next(iter(tensors)).removesuffix(".oft_R.weight")
+    tensors[f"{name}.dora_scale"] = 1.5 * base.norm(dim=1, keepdim=True)
+    adapter = read_tensors(tensors, {}, name="test")
+    done = applied(adapter, model).model
+    close(loaded(done)[key].norm(dim=1), 1.5 * base.norm(dim=1), 2e-3)
+    # Bound while the very same module is loaded with another patch: still the unpatched norm.
+    other = applied(adapter_for(model, ("attn1.to_q",), 3), model, 1.0).model
+    other.add_patches({key: ("diff", (torch.ones_like(base),))}, 1.0)
+    management.load_models_gpu([other])
+    again = applied(adapter, model).model
+    management.unload_all_models()
+    same(loaded(done), loaded(again), "bound while patched")
+
+
+@check
+def additive_parts():
+    """.diff and .diff_b beside oft_blocks, as ComfyUI's trainer writes them."""
+    model = sd15()
+    sd = state(model)
+    key = weight_names(model, ("ff.net.2",))[0]
+    norm = next(k for k in sd if k.endswith("norm1.weight"))
+    blocks = torch.randn(sd[key].shape[0] // 8, 8, 8, generator=generator(0)) * 0.01
+    bias, diff = torch.randn(sd[key].shape[0], generator=generator(1)), torch.randn(sd[norm].shape, generator=generator(2))
+    stem = key[: -len(".weight")]
+    tensors = {
+        f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(1.0), f"{stem}.diff_b": bias,
+        f"{norm[: -len('.weight')]}.diff": diff,
+    }
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        model = sd15()
+        model.model.diffusion_model.to(dtype)
+        patched = applied(read_tensors(tensors, {}, name="test"), model, 0.5).model
+        full, partly = loaded(patched), weights_in_forward(patched, dtype)
+        close(full[key], rotated_out(sd[key], blocks, 0.5), tolerance)
+        close(full[stem + ".bias"], sd[stem + ".bias"] + 0.5 * bias, tolerance)
+        close(full[norm], sd[norm] + 0.5 * diff, tolerance)
+        for k in patched.patches:
+            assert torch.equal(full[k], partly[k]), (dtype, k)
+
+
+@check
+def rebuilt_patch_objects():
+    """Later hosts rebuild the object from (loaded_keys, moved weights); nothing else may matter."""
+    def moved(x):
+        if isinstance(x, torch.Tensor):
+            return x.clone()
+        return type(x)(map(moved, x)) if isinstance(x, (tuple, list)) else x
+
+    def plain(x):
+        if isinstance(x, (tuple, list)):
+            return all(map(plain, x))
+        return x is None or isinstance(x, (torch.Tensor, str, bool, int, float))
+
+    model = sd15()
+    for make in (diag_oft, input_oft):
+        patched = applied(adapter_for(model, make=make), model, 0.7).model
+        full = loaded(patched)
+        for key, ((strength, patch, *_),) in patched.patches.items():
+            assert plain(patch.weights), patch.weights
+            again = type(patch)(patch.loaded_keys, moved(patch.weights))
+            copy = model.model.state_dict()[key].clone()
+            again.calculate_weight(copy, key, strength, 1.0, None, None)
+            assert torch.equal(copy, full[key]), key
+            (tensors, norm), meta, plan = again.weights
+            orphan = type(patch)(patch.loaded_keys, ((tensors, norm), meta, (plan[0], -1, *plan[2:])))
+            copy = model.model.state_dict()[key].clone()
+            orphan.calculate_weight(copy, key, strength, 1.0, None, None, original_weight={})
+            close(copy, full[key], 1e-6)
+
+
+@check
+def hooks_may_pass_a_dict():
+    model = sd15()
+    patched = applied(adapter_for(model), model, 0.7).model
+    full = loaded(patched)
+    key = next(iter(patched.patches))
+    weight = model.model.state_dict()[key].clone()
+    got = comfy.lora.calculate_weight(patched.patches[key], weight, key, original_weights={key: [(weight, None)]})
+    assert torch.equal(got, full[key])
+
+
+@check
+def no_graph_breaking_reads():
+    """The patch works under torch.compile's eager backend while partly loaded."""
+    model = sd15()
+    patched = applied(adapter_for(model, ATTENTION), model, 0.7).model
+    key = weight_names(model, ("attn1.to_q",))[0]
+    full = loaded(patched)[key]
+    patched.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+    layer = dict(model.model.named_modules())[key[:-7]]
+    x = torch.randn(3, layer.weight.shape[1], generator=generator(0))
+    compiled = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        close(compiled(x), x @ full.T, 1e-5)
+    patched.unpatch_model(torch.device("cpu"))
+
+
+# --- built rotations -------------------------------------------------------------------------------------------------
+
+
+@check
+def rotations_are_kept_only_while_needed():
+    import gc
+
+    model = sd15()
+    patched = applied(adapter_for(model), model, 0.7).model
+    assert cache.total_bytes() == 0
+    management.load_models_gpu([patched])
+    assert cache.total_bytes() == 0, "freed after the weights are merged"
+    management.unload_all_models()
+    calls, build = [], cache.build_all
+    cache.build_all = lambda ops, *more: calls.append(len(ops)) or build(ops, *more)
+    try:
+        weights_in_forward(patched, torch.float32)
+        first = list(calls)
+        assert first and sum(first) == len(patched.patches) and len(first) < 5, first
+        held = cache.total_bytes()
+        assert held > 0
+        weights_in_forward(patched, torch.float32)
+        assert calls == first, "a second forward must not build again"
+        limit, cache.LIMIT_BYTES = cache.LIMIT_BYTES, held
+        try:
+            other = applied(adapter_for(model), model, 0.3).model
+            weights_in_forward(other, torch.float32)
+            assert cache.total_bytes() <= held
+        finally:
+            cache.LIMIT_BYTES = limit
+    finally:
+        cache.build_all = build
+    tokens = {p[0][1].weights[2][1] for p in patched.patches.values()}
+    cache.release(tokens)
+    del patched, other
+    gc.collect()
+    assert not tokens & set(cache._batches), "batches go with their patchers"
+
+
+@check
+def threads_share_the_cache():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = sd15()
+    patched = applied(adapter_for(model), model, 0.9).model
+    full = loaded(patched)
+    base = state(model)
+
+    def one(key):
+        return key, comfy.lora.calculate_weight(patched.patches[key], base[key].clone(), key)
+
+    with ThreadPoolExecutor(4) as pool:
+        for key, got in pool.map(one, list(patched.patches) * 2):
+            assert torch.equal(got, full[key]), key
+    cache.release({p[0][1].weights[2][1] for p in patched.patches.values()})
+
+
+# --- nodes and errors ------------------------------------------------------------------------------------------------
+
+
+def run_node(node, **inputs):
+    with torch.inference_mode():
+        return node.EXECUTE_NORMALIZED(**inputs) if hasattr(node, "EXECUTE_NORMALIZED") else node.execute(**inputs)
+
+
+@check
+def entry_point_and_schemas():
+    import comfyui_oft
+
+    extension = asyncio.run(comfyui_oft.comfy_entrypoint())
+    nodes = {n.GET_SCHEMA().node_id: n for n in asyncio.run(extension.get_node_list())}
+    assert list(nodes) == ["OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter", "OFT_Apply"]
+    translations = {lang: json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8")) for lang in ("en", "zh")}
+    for name, node in nodes.items():
+        schema = node.GET_SCHEMA()
+        node.GET_NODE_INFO_V1()
+        assert schema.description and schema.category == "OFT"
+        for lang, texts in translations.items():
+            said = texts[name]
+            assert set(said["inputs"]) == {i.id for i in schema.inputs}, (lang, name)
+            assert len(said["outputs"]) == len(schema.outputs), (lang, name)
+            for i in schema.inputs:
+                assert i.tooltip and said["inputs"][i.id]["tooltip"], (lang, name, i.id)
+                assert lang != "en" or said["inputs"][i.id]["tooltip"] == i.tooltip, (name, i.id)
+            for n, o in enumerate(schema.outputs):
+                assert o.tooltip and said["outputs"][str(n)]["tooltip"], (lang, name, n)
+                assert lang != "en" or said["outputs"][str(n)]["tooltip"] == o.tooltip, (name, n)
+            assert lang != "en" or (said["display_name"], said["description"]) == (schema.display_name, schema.description)
+        assert (REPO / "web" / "docs" / f"{name}.md").is_file() and (REPO / "web" / "docs" / name / "zh.md").is_file()
+    mode = next(i for i in nodes["OFT_Load"].GET_SCHEMA().inputs if i.id == "mode")
+    assert "core" in mode.options and "ComfyUI's own" in mode.tooltip
+
+
+@check
+def newer_keywords_are_detected():
+    class Old:
+        def __init__(self, a):
+            self.a = a
+
+    class New:
+        def __init__(self, a, advanced=False):
+            self.a, self.advanced = a, advanced
+
+    assert compat.entry(Old, a=1, advanced=True).a == 1
+    assert compat.entry(New, a=1, advanced=True).advanced
+    try:
+        compat.entry(Old, a=1, advancde=True)
+    except TypeError:
+        return
+    raise AssertionError("a misspelt keyword must raise")
+
+
+@check
+def folders_are_merged():
+    extra = Path(folder_paths.models_dir).parent / "extra_oft"
+    extra.mkdir(exist_ok=True)
+    folder_paths.folder_names_and_paths["oft"] = ([str(extra)], set())
+    folders.register()
+    folders.register()
+    paths, extensions = folder_paths.folder_names_and_paths["oft"]
+    assert paths[0] == str(extra) and len(paths) == len(set(paths)) and extensions == {".safetensors"}
+    assert str(Path(folder_paths.models_dir) / "oft") in paths and folder_paths.get_folder_paths("loras")[0] in paths
+    tensors = {"lora_unet_x.oft_blocks": torch.zeros(2, 4, 4), "lora_unet_x.alpha": torch.tensor(0.0)}
+    write("loras", "in_loras.safetensors", tensors)
+    write("oft/sub", "in_oft.safetensors", tensors)
+    save_file(tensors, extra / "in_extra.safetensors")
+    (Path(folder_paths.models_dir) / "loras" / "pickle.pt").write_bytes(b"x")
+    folder_paths.filename_list_cache.clear()
+    listed = folders.names()
+    assert {"in_loras.safetensors", str(Path("sub") / "in_oft.safetensors"), "in_extra.safetensors"} <= set(listed)
+    assert "pickle.pt" not in listed
+    assert folders.find("../../outside.safetensors") is None
+    check_file = load.OFTLoad.validate_inputs
+    assert check_file("in_oft.safetensors") is not True and check_file("in_loras.safetensors") is True
+    assert check_file(None) is True and check_file("in_loras.safetensors", "linear", "12.5") is True
+    assert "mode" in check_file("in_loras.safetensors", "cubic") and "coft" in check_file("in_loras.safetensors", "core", "many")
+
+
+@check
+def files_are_read_once():
+    folders.register()
+    model = sd15()
+    path = write("oft", "once.safetensors", diag_oft(shapes_of(model, ATTENTION)))
+    mark = folders.fingerprint("once.safetensors")
+    first = folders.read("once.safetensors")
+    assert folders.read("once.safetensors") is first
+    assert folders.read("once.safetensors", ReadOptions(alpha_rule="raw")) is not first
+    save_file(diag_oft(shapes_of(model, ATTENTION), seed=9), path)
+    assert folders.fingerprint("once.safetensors") != mark and folders.read("once.safetensors") is not first
+    assert folders.fingerprint("missing.safetensors") == ""
+
+
+@check
+def nodes_run():
+    folders.register()
+    model, clip = families.make_model("sd15"), families.make_clip("sd15")
+    te = {f"lora_te_text_model_encoder_layers_0_self_attn_{p}.oft_blocks": torch.randn(96, 8, 8, generator=generator(i)) * 0.1
+          for i, p in enumerate(("q_proj", "k_proj"))}
+    write("oft", "both.safetensors", {**diag_oft(shapes_of(model, ATTENTION)), **te})
+    out = run_node(load.OFTLoad, model=model, clip=clip, oft_name="both.safetensors", strength_model=0.8, strength_clip=0.0)
+    assert out.args[0].patches and not out.args[1].patcher.patches and out.ui.as_dict()["text"][0] == out.args[2]
+    assert not model.patches
+    only = run_node(load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=0.8)
+    same(loaded(only.args[0]), loaded(out.args[0]), "model only")
+    read = run_node(load.OFTLoadAdapter, oft_name="both.safetensors", alpha_rule="scaled")
+    again = run_node(load.OFTApply, adapter=read.args[0], model=model, strength_model=0.8, strength_clip=1.0)
+    same(loaded(again.args[0]), loaded(out.args[0]), "apply")
+    text = run_node(load.OFTApply, adapter=read.args[0], clip=clip, strength_model=0.8, strength_clip=1.0)
+    assert text.args[0] is None and len(text.args[1].patcher.patches) == 2
+    limited = run_node(load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=4.0, coft="limit", coft_degrees=1.0)
+    key = next(iter(limited.args[0].patches))
+    base, got = state(model)[key], loaded(limited.args[0])[key]
+    assert 0 < float((got - base).norm() / base.norm()) <= 2 * math.sin(math.radians(0.5)) + 1e-4
+    for value in (float("nan"), float("inf")):
+        raises(StrengthError, lambda value=value: run_node(load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=value))
+
+
+@check
+def bad_files():
+    folders.register()
+    model = sd15()
+    good = diag_oft(shapes_of(model, ATTENTION))
+    name = next(iter(good))
+    path = write("oft", "cut.safetensors", good)
+    path.write_bytes(path.read_bytes()[:-1000])
+    write("oft", "nan.safetensors", {**good, name: torch.full_like(good[name], float("nan"))})
+    stem = name.removesuffix(".oft_blocks")
+    write("oft", "lora.safetensors", {f"{stem}.lora_down.weight": torch.zeros(4, 32), f"{stem}.lora_up.weight": torch.zeros(32, 4)})
+    flux = {"lora_unet_double_blocks_0_img_attn_qkv.oft_blocks": torch.zeros(64, 144, 144)}
+    write("oft", "flux.safetensors", flux)
+    write("oft", "wide.safetensors", {name: torch.zeros(40, 8, 8), f"{stem}.alpha": torch.tensor(0.0)})
+    (Path(folder_paths.models_dir) / "oft" / "empty.safetensors").write_bytes(b"")
+    folder_paths.filename_list_cache.clear()
+    said = {}
+    for bad in ("cut", "nan", "lora", "flux", "wide", "empty"):
+        def run(bad=bad):
+            run_node(load.OFTLoadModelOnly, model=model, oft_name=f"{bad}.safetensors", strength_model=1.0)
+        said[bad] = raises(AdapterError, run)
+        assert f"{bad}.safetensors" in said[bad], said[bad]
+    assert "lora" in said["lora"].lower() and "nan" in said["nan"].lower()
+    assert "Flux" in said["flux"] and "Stable Diffusion 1" in said["flux"], said["flux"]
+    assert not model.patches
+    return said
+
+
+@check
+def only_a_part_matches():
+    model, clip = families.make_model("sd15"), families.make_clip("sd15")
+    tensors = diag_oft(shapes_of(model, ("attn1.to_q",)))
+    count = len(tensors) // 2
+    tensors["lora_unet_no_such_layer.oft_blocks"] = torch.randn(4, 8, 8, generator=generator(0))
+    done = applied(read_tensors(tensors, {}, name="part"), model)
+    assert len(done.model.patches) == count and done.warnings and "no_such_layer" in done.report, done.report
+    te = {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.oft_blocks": torch.randn(96, 8, 8, generator=generator(1)) * 0.1}
+    both = applied(read_tensors({**diag_oft(shapes_of(model, ("attn1.to_q",))), **te}, {}, name="both"), model)
+    assert not both.warnings and "text encoder" in both.report, both.report
+    text_only = read_tensors(te, {}, name="text.safetensors")
+    assert applied(text_only, model, clip=clip).clip.patcher.patches
+    assert "CLIP" in raises(ModelMismatch, lambda: applied(text_only, model))
+
+
+@check
+def modes_that_are_not_defined():
+    model = sd15()
+    adapter = adapter_for(model, ATTENTION, make=input_oft)
+    raises(StrengthError, lambda: applied(adapter, model, 0.5, "core"))
+    strong = read_tensors(input_oft(shapes_of(model, ATTENTION), std=1.0), {}, name="strong")
+    raises(StrengthError, lambda: applied(strong, model, 0.5))
+    assert applied(strong, model, 1.0).model.patches and applied(strong, model, 0.5, "linear").model.patches
+
+
+@check
+def core_mode_repeats_the_hosts_loader():
+    model = sd15()
+    tensors = diag_oft(shapes_of(model, ATTENTION))
+    adapter = read_tensors(tensors, {}, name="test")
+    host_patches = comfy.lora.load_lora(dict(tensors), comfy.lora.model_lora_keys_unet(model.model, {}))
+    for s in (0.5, -1.0, 2.0):
+        theirs = model.clone()
+        assert len(theirs.add_patches(host_patches, s)) == len(host_patches) > 20
+        ours = loaded(applied(adapter, model, s, "core").model)
+        expected = loaded(theirs)
+        for key in expected:
+            close(ours[key], expected[key], 5e-6)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--list"]:
+        print("\n".join(CHECKS))
+        return 0
+    failed = 0
+    for name in wanted or CHECKS:
+        try:
+            detail, ok = CHECKS[name]() or "", True
+        except Exception:  # noqa: BLE001 (a check may fail in any way; the trace is the result)
+            detail, ok = traceback.format_exc(), False
+        failed += not ok
+        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
