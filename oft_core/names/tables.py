@@ -37,6 +37,7 @@ class Blocks:
 class Layout:
     """Two spellings of one architecture.
 
+    top: modules outside the blocks; further values are further names, used by OMI files.
     original_has, other_has: patterns; a model uses that spelling if each of them matches the start of one
     of its module paths.
     swapped: original names whose two halves of rows (shift and scale) are exchanged in the other spelling.
@@ -56,8 +57,8 @@ class Layout:
             yield from self._of_other(shapes)
 
     def _of_original(self, shapes: Shapes) -> Iterator[Alias]:
-        for original, (other,) in self.top.items():
-            if original in shapes:
+        for original, others in self.top.items():
+            for other in others if original in shapes else ():
                 yield Alias(other, ((original, None),), original in self.swapped)
         for blocks in self.blocks:
             for n in _numbers(shapes, blocks.original):
@@ -67,28 +68,33 @@ class Layout:
                         continue
                     beside = f"{blocks.original}.{n}.context_block.attn.qkv"
                     swap = original in self.swapped and _has_two_chunks(shapes, path, beside, 3)
-                    for other, rows in zip(others, _row_split(shapes, path, len(others)), strict=False):
+                    split = _row_split(shapes, path, len(others))
+                    for i, (other, rows) in enumerate(zip(others, split, strict=False)):
                         yield Alias(f"{blocks.other}.{n}.{other}", ((path, rows),), swap)
-                    if original == "linear1" and (split := _row_split(shapes, path, 4)):
-                        yield Alias(
-                            f"{path}_qkv", ((path, (0, split[3][0])),)
-                        )  # ComfyUI's name of the first three
+                        if rows:  # OMI's name of a part of a fused matrix
+                            yield Alias(f"{path}.{i}", ((path, rows),))
+                    if original == "linear1" and split and split[3]:  # ComfyUI's name of the first three
+                        yield Alias(f"{path}_qkv", ((path, (0, split[3][0])),))
 
     def _of_other(self, shapes: Shapes) -> Iterator[Alias]:
-        for original, (other,) in self.top.items():
-            if other in shapes:
-                yield Alias(original, ((other, None),), original in self.swapped)
+        for original, (other, *further) in self.top.items():
+            for name in (original, *further) if other in shapes else ():
+                yield Alias(name, ((other, None),), original in self.swapped)
         for blocks in self.blocks:
             for n in _numbers(shapes, blocks.other):
                 for original, others in blocks.table.items():
-                    paths = [f"{blocks.other}.{n}.{other}" for other in others]
-                    if any(p not in shapes for p in paths):
+                    path = f"{blocks.original}.{n}.{original}"
+                    parts = [(f"{blocks.other}.{n}.{other}", None) for other in others]
+                    for i, part in enumerate(parts):
+                        if len(parts) > 1 and part[0] in shapes:
+                            yield Alias(f"{path}.{i}", (part,))
+                    if any(part not in shapes for part, _ in parts):
                         continue
                     beside = f"{blocks.other}.{n}.attn.add_q_proj"
-                    swap = original in self.swapped and _has_two_chunks(shapes, paths[0], beside, 1)
-                    yield Alias(f"{blocks.original}.{n}.{original}", tuple((p, None) for p in paths), swap)
+                    swap = original in self.swapped and _has_two_chunks(shapes, parts[0][0], beside, 1)
+                    yield Alias(path, tuple(parts), swap)
                     if original == "linear1":
-                        yield Alias(f"{blocks.original}.{n}.linear1_qkv", tuple((p, None) for p in paths[:3]))
+                        yield Alias(f"{path}_qkv", tuple(parts[:3]))
 
 
 def _has_all(shapes: Shapes, patterns: Sequence[str]) -> bool:
@@ -177,7 +183,7 @@ FLUX = Layout(
         ),
     ),
     top={
-        "img_in": ("x_embedder",),
+        "img_in": ("x_embedder", "img_in.proj"),
         "txt_in": ("context_embedder",),
         "time_in.in_layer": (_TIME_TEXT + "timestep_embedder.linear_1",),
         "time_in.out_layer": (_TIME_TEXT + "timestep_embedder.linear_2",),

@@ -217,7 +217,8 @@ def in_other_layout(shapes: dict) -> tuple[dict, dict]:
     found: dict[str, list] = {}
     for alias in other_names(modules):
         (module, rows), *_ = alias.parts
-        if not alias.name.startswith("class_embedding") and not alias.name.endswith("_qkv"):
+        further = alias.name.removeprefix(module) in ("_qkv", ".0", ".1", ".2", ".3", ".proj")
+        if not further and not alias.name.startswith("class_embedding"):
             found.setdefault(module, []).append((rows or (0, modules[module][0]), alias))
     there, how = {}, {}
     for module, parts in found.items():
@@ -452,6 +453,26 @@ def test_a_fused_matrix_with_a_missing_part_is_not_found():
     index = NameIndex(there)
     assert index.resolve("lora_unet_double_blocks_1_img_attn_qkv") == []
     assert len(index.resolve("lora_unet_double_blocks_0_img_attn_qkv")) == 3
+
+
+def test_omi_names_number_the_parts_of_a_fused_matrix():
+    index = NameIndex(prefixed("diffusion_model.", flux(1, 1)))
+    linear1 = "diffusion_model.single_blocks.0.linear1.weight"
+    assert index.resolve("transformer.single_blocks.0.linear1.1") == [Target(linear1, (6, 6))]
+    assert index.resolve("transformer.single_blocks.0.linear1.3") == [Target(linear1, (18, 24))]
+    assert index.resolve("transformer.double_blocks.0.txt_attn.qkv.2") == [
+        Target("diffusion_model.double_blocks.0.txt_attn.qkv.weight", (12, 6))
+    ]
+    assert keys(index, "transformer.img_in.proj") == ["diffusion_model.img_in.weight"]
+    index = NameIndex(in_other_layout(flux(1, 1))[0])
+    assert keys(index, "transformer.single_blocks.0.linear1.3") == [
+        "single_transformer_blocks.0.proj_mlp.weight"
+    ]
+    assert keys(index, "transformer.img_in.proj") == ["x_embedder.weight"]
+    encoders = NameIndex(sd3_checkpoint())
+    for part in ("clip_l", "clip_g"):
+        assert keys(encoders, f"{part}.{Q_DOTTED}") == [f"text_encoders.{part}.transformer.{Q_DOTTED}.weight"]
+    assert keys(encoders, "t5.shared") == ["text_encoders.t5xxl.transformer.shared.weight"]
 
 
 def test_flux_rows_without_linear2_come_from_the_input_width():
