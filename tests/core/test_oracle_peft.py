@@ -116,19 +116,19 @@ def oft_config(targets: list[str], **options):
 
 
 OFT = {
-    "default": dict(targets=LINEAR),
-    "all_layers": dict(targets=LINEAR + CONV),
-    "block_size_adjusted": dict(targets=LINEAR, oft_block_size=10),
-    "block_size_2": dict(targets=LINEAR, oft_block_size=2, std=0.3),
-    "default_block_size_32": dict(targets=["to_k", "to_out.0"], oft_block_size=32, std=0.05),
-    "one_block_a_layer": dict(targets=LINEAR, r=1, std=0.05),
-    "block_count": dict(targets=LINEAR, r=4),
-    "block_count_adjusted": dict(targets=LINEAR, r=5),
-    "conv": dict(targets=CONV),
-    "conv_block_count": dict(targets=CONV, r=6),
-    "embedding": dict(targets=["token_embedding", "to_q"]),
-    "embedding_block_count": dict(targets=["token_embedding"], r=3),
-    "dropout_is_training_only": dict(targets=LINEAR, module_dropout=0.3),
+    "default": {"targets": LINEAR},
+    "all_layers": {"targets": LINEAR + CONV},
+    "block_size_adjusted": {"targets": LINEAR, "oft_block_size": 10},
+    "block_size_2": {"targets": LINEAR, "oft_block_size": 2, "std": 0.3},
+    "default_block_size_32": {"targets": ["to_k", "to_out.0"], "oft_block_size": 32, "std": 0.05},
+    "one_block_a_layer": {"targets": LINEAR, "r": 1, "std": 0.05},
+    "block_count": {"targets": LINEAR, "r": 4},
+    "block_count_adjusted": {"targets": LINEAR, "r": 5},
+    "conv": {"targets": CONV},
+    "conv_block_count": {"targets": CONV, "r": 6},
+    "embedding": {"targets": ["token_embedding", "to_q"]},
+    "embedding_block_count": {"targets": ["token_embedding"], "r": 3},
+    "dropout_is_training_only": {"targets": LINEAR, "module_dropout": 0.3},
 }
 SHARE = [False, True]
 EXACT = [False, True]
@@ -148,11 +148,11 @@ def test_oft_layers(tmp_path, case):
 
 @pytest.mark.parametrize(("share", "exact", "coft"), list(itertools.product(SHARE, EXACT, COFT)))
 def test_oft_options_combined(tmp_path, share, exact, coft):
-    options = dict(block_share=share, use_cayley_neumann=not exact)
+    options = {"block_share": share, "use_cayley_neumann": not exact}
     if coft is not None:
         # sqrt(2) * 0.1 * sqrt(28) = 0.75 is a usual norm of a block; the limit is eps / sqrt(stored blocks), so it binds.
-        options |= dict(coft=True, eps=0.4 if share else coft)
-    saved = build(tmp_path, dict(targets=LINEAR + CONV + ["token_embedding"]), **options)
+        options |= {"coft": True, "eps": 0.4 if share else coft}
+    saved = build(tmp_path, {"targets": LINEAR + CONV + ["token_embedding"]}, **options)
     if coft is not None:
         assert constraint_binds(saved, options["eps"])
     check(saved)
@@ -162,27 +162,27 @@ def test_oft_options_combined(tmp_path, share, exact, coft):
 @pytest.mark.parametrize("share", SHARE)
 def test_oft_number_of_neumann_terms(tmp_path, terms, share):
     if terms == 1:  # one term is the identity: PEFT changes nothing, and neither may we
-        saved = build(tmp_path, dict(targets=LINEAR, num_cayley_neumann_terms=1, block_share=share))
+        saved = build(tmp_path, {"targets": LINEAR, "num_cayley_neumann_terms": 1, "block_share": share})
         got = ours(saved)
         assert all(torch.equal(got[k], saved.base[k]) and torch.equal(w, saved.base[k]) for k, w in saved.merged.items())
         return
-    check(build(tmp_path, dict(targets=LINEAR + CONV, num_cayley_neumann_terms=terms, block_share=share)))
+    check(build(tmp_path, {"targets": LINEAR + CONV, "num_cayley_neumann_terms": terms, "block_share": share}))
 
 
 def test_oft_divergent_series_is_reproduced(tmp_path):
     """Generators with a norm above 1: the series is far from a rotation, and still has to be PEFT's own polynomial."""
-    saved = build(tmp_path, dict(targets=LINEAR, std=0.5))
+    saved = build(tmp_path, {"targets": LINEAR, "std": 0.5})
     check(saved)
 
 
 def test_oft_large_angles_exact(tmp_path):
-    check(build(tmp_path, dict(targets=LINEAR, std=1.5, use_cayley_neumann=False)), limit=LIMIT)
+    check(build(tmp_path, {"targets": LINEAR, "std": 1.5, "use_cayley_neumann": False}), limit=LIMIT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_oft_half_precision_file(tmp_path, dtype):
     """A file stored in half precision is compared with what PEFT makes of that same file."""
-    saved = build(tmp_path, dict(targets=LINEAR + CONV))
+    saved = build(tmp_path, {"targets": LINEAR + CONV})
     tensors = {key: value.to(dtype) for key, value in load_file(saved.file).items()}
     save_file(tensors, str(saved.file), {"format": "pt"})
     model = Model()
@@ -194,10 +194,10 @@ def test_oft_half_precision_file(tmp_path, dtype):
 
 
 BOFT = {
-    "block_size": dict(boft_block_size=4),
-    "block_size_odd_count": dict(boft_block_size=16),
-    "block_count": dict(boft_block_size=0, boft_block_num=4),
-    "dropout_is_training_only": dict(boft_block_size=4, boft_dropout=0.3),
+    "block_size": {"boft_block_size": 4},
+    "block_size_odd_count": {"boft_block_size": 16},
+    "block_count": {"boft_block_size": 0, "boft_block_num": 4},
+    "dropout_is_training_only": {"boft_block_size": 4, "boft_dropout": 0.3},
 }
 
 
@@ -219,7 +219,7 @@ def block_diagonal_stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("factors", [1, 2, 3])
-@pytest.mark.parametrize("size", [dict(boft_block_size=4), dict(boft_block_size=0, boft_block_num=8)])
+@pytest.mark.parametrize("size", [{"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 8}])
 def test_boft_butterfly_factors(tmp_path, block_diagonal_stand_in, factors, size):
     config = peft.BOFTConfig(target_modules=LINEAR + CONV, boft_n_butterfly_factor=factors, **size)
     saved = save_and_merge(tmp_path, config, std=0.2)
@@ -250,14 +250,14 @@ def negate(saved: Saved) -> None:
 
 
 BREAKS = {
-    "sign": (dict(), negate),
-    "sign_exact": (dict(use_cayley_neumann=False), negate),
-    "exact_read_as_series": (dict(use_cayley_neumann=False), lambda s: rewrite_config(s, use_cayley_neumann=True)),
-    "series_read_as_exact": (dict(), lambda s: rewrite_config(s, use_cayley_neumann=False)),
-    "old_series": (dict(), lambda s: rewrite_config(s, peft_version="0.17.1")),
-    "terms": (dict(num_cayley_neumann_terms=7), lambda s: rewrite_config(s, num_cayley_neumann_terms=5)),
-    "constraint_ignored": (dict(coft=True, eps=0.9), lambda s: rewrite_config(s, coft=False)),
-    "constraint_other_eps": (dict(coft=True, eps=0.9), lambda s: rewrite_config(s, eps=0.8)),
+    "sign": ({}, negate),
+    "sign_exact": ({"use_cayley_neumann": False}, negate),
+    "exact_read_as_series": ({"use_cayley_neumann": False}, lambda s: rewrite_config(s, use_cayley_neumann=True)),
+    "series_read_as_exact": ({}, lambda s: rewrite_config(s, use_cayley_neumann=False)),
+    "old_series": ({}, lambda s: rewrite_config(s, peft_version="0.17.1")),
+    "terms": ({"num_cayley_neumann_terms": 7}, lambda s: rewrite_config(s, num_cayley_neumann_terms=5)),
+    "constraint_ignored": ({"coft": True, "eps": 0.9}, lambda s: rewrite_config(s, coft=False)),
+    "constraint_other_eps": ({"coft": True, "eps": 0.9}, lambda s: rewrite_config(s, eps=0.8)),
 }
 
 
@@ -280,7 +280,7 @@ def test_a_wrong_side_or_sign_of_butterfly_is_seen(tmp_path, block_diagonal_stan
 
 def test_a_wrong_side_is_seen(tmp_path):
     """On a square layer the blocks would also fit the rows: rotating them instead is far off."""
-    saved = build(tmp_path, dict(targets=["to_out.0"]))
+    saved = build(tmp_path, {"targets": ["to_out.0"]})
     key = "transformer_blocks.0.to_out.0.weight"
     got = ours(saved)
     turned = ours(Saved({**saved.base, key: saved.base[key].T.contiguous()}, saved.merged, saved.file, saved.layers))
