@@ -38,8 +38,7 @@ def family_of_model(parts: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
     "text encoder", or "unknown".
 
     The U-Nets differ in structure: SDXL embeds more than the time step; SD1 and SD2 differ in the width of
-    the text they read (768, 1024) and, for other widths, in whether attention is entered by a convolution
-    (SD1) or a linear layer (SD2).
+    the text they read (768, 1024). For other widths, attention entered by a convolution means SD1.
     """
     unet = parts.get("unet", {})
     for family, mark in _MODEL_MARKS:
@@ -57,9 +56,7 @@ def family_of_model(parts: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
 def _unet_family(unet: Mapping[str, Sequence[int]]) -> str:
     if any(path.startswith(("label_emb.", "add_embedding.")) for path in unet):
         return "sdxl"
-    if any(
-        ".transformer_blocks.1." in path for path in unet
-    ):  # SD1 and SD2 have one transformer block a place
+    if any(".transformer_blocks.1." in path for path in unet):  # SD1 and SD2 have one block a place
         return "sdxl"
     widths = {shape[1] for path, shape in unet.items() if _CROSS_KEY.search(path) and len(shape) == 2}
     entries = {len(shape) for path, shape in unet.items() if path.endswith(".proj_in")}

@@ -33,7 +33,8 @@ class NameIndex:
     """Finds the parameters of one model by the module names of adapter files.
 
     shapes: every parameter key of the model (checkpoint, bare diffusion model or text encoder, live ComfyUI
-    model, diffusers) -> shape.
+    model, diffusers) -> shape; kept as an attribute.
+    family: what model this is, for messages (see `families.family_of_model`).
 
     Matching ignores the difference between `.` and `_`. When that, or another layout, makes one name mean
     two modules, the module that bears the name itself wins over one that has it in another layout; between
@@ -75,8 +76,7 @@ class NameIndex:
             table[name] = (rank, ())  # two equals: nobody's
 
     def resolve(self, module: str) -> list[Target]:
-        """Where the weight of an adapter's module is; [] if this model has no such module or the name is
-        ambiguous.
+        """Where the weight of an adapter's module is; [] = no such module here, or an ambiguous name.
 
         Several targets: the file's module is one fused matrix whose parts the model stores apart, stacked
         in this order.
@@ -89,17 +89,14 @@ class NameIndex:
             table = self._tables[part]
             for path in name.paths:
                 hit = table.get(path)
-                if hit is None and path.endswith(
-                    "_to_out"
-                ):  # diffusers once left out the index of the first sublayer
-                    hit = table.get(path + "_0")
+                if hit is None and path.endswith("_to_out"):
+                    hit = table.get(path + "_0")  # attention processors leave out the sublayer's number
                 if hit is not None:
                     return list(hit[1])
         return []
 
     def _parts_for(self, name: ModuleName) -> Sequence[str]:
-        """Where to look when the prefix does not say: the diffusion model, unless the path shows a text
-        encoder; then the first CLIP."""
+        """Where to look if the prefix does not say: diffusion model or first CLIP, as the path allows."""
         if name.text == "t5":
             return ("te3",)
         clip = "te1" if self._tables["te1"] else "te2"
@@ -114,6 +111,5 @@ def _module(key: str) -> str:
 
 
 def _is_transposed(path: str) -> bool:
-    """open_clip keeps its text projection as (in, out): no adapter of the usual (out, in) projection fits
-    it."""
+    """open_clip stores its text projection as (in, out); no adapter of the usual (out, in) one fits it."""
     return path == "text_projection"

@@ -1,5 +1,4 @@
-"""The same weights under other names: U-Nets (ldm and diffusers) here, models made of equal blocks by the
-tables of `tables`.
+"""The same weights under other names: U-Nets here, models made of equal blocks by the tables of `tables`.
 
 Everything here is derived from which modules a model has, never from sizes of known models: blocks are
 numbered by walking them, and the rows of a fused matrix come from the shapes. Names that the structure does
@@ -16,15 +15,13 @@ from .tables import LAYOUTS, Alias, Shapes
 
 
 def other_names(shapes: Shapes) -> Iterator[Alias]:
-    """Every name that the modules of one part (a diffusion model or a text encoder) have in the layouts it
-    is not stored in."""
+    """Every name that the modules of one part (diffusion model or text encoder) have in other layouts."""
     yield from _unet_names(shapes)
     for layout in LAYOUTS:
         yield from layout.names(shapes)
 
 
 # ----------------------------------------------------------------------------------------------------
-# -----------
 # U-Net
 
 _RESNET = {
@@ -68,10 +65,7 @@ def _unet_names(shapes: Shapes) -> Iterator[Alias]:
         if block not in blocks:
             continue
         for path in inside:
-            if path in (
-                "op",
-                "conv",
-            ):  # a down- or upsampler: one convolution, with its own word in either layout
+            if path in ("op", "conv"):  # a down- or upsampler: one convolution, called `op` on ldm's way down
                 there = blocks[block] + (".op" if "input_blocks" in blocks[block] else ".conv")
             else:
                 there = f"{blocks[block]}.{resnet.get(path, path)}"

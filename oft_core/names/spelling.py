@@ -2,7 +2,8 @@
 
 Parts are "unet" (any diffusion model), "te1" (CLIP-L, CLIP-H, or a language model used as encoder), "te2"
 (CLIP-G) and "te3" (T5). Trainers number text encoders by their place in a pipeline, so Flux's T5 is also
-called `te2`: the path, which is unmistakable for a T5, wins over the number.
+called `te2`: the path, which is unmistakable for a T5, wins over the number. A CLIP-G is only ever "te2",
+also where it is the only encoder (SDXL's refiner): a file for a CLIP-L must not land in it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ _ENCODER_PARTS = {
 }
 _KNOWN_ENCODER = "|".join(sorted(_ENCODER_PARTS, key=len, reverse=True))
 
-# A CLIP-G has 32 layers, CLIP-L 12, CLIP-H 24: depth tells them apart where no prefix does, whatever the
-# width.
+# A CLIP-G has 32 layers, CLIP-L 12, CLIP-H 24: depth tells them apart where no prefix does.
 _CLIP_G_LAYER = re.compile(r"(?:^|\.)(?:encoder\.layers|resblocks)\.30\.")
 
 _T5_PATH = re.compile(
@@ -40,9 +40,8 @@ _CLIP_PATH = re.compile(r"(?:text_model[._]|transformer[._]resblocks[._])")
 _NOISE = re.compile(r"\.default(?=\.|$)|[._]processor(?=[._]to_)")
 
 # One step each: what may stand in front of a module path in an adapter file. A group, if any, is the text
-# encoder's number or name.
-# `transformer_` needs its dot before `blocks`, or the bare name `transformer_blocks_0` would lose its first
-# word.
+# encoder's number or name. Before `blocks`, `transformer` needs its dot, or the bare name
+# `transformer_blocks_0` would lose its first word.
 _STEPS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"(?:lora|oft|oftv2|boft)[._](?:prior[._])?unet[._]"), "unet"),
     (re.compile(r"(?:lora|oft|oftv2|boft)[._]transformer[._]"), "unet"),
@@ -68,8 +67,7 @@ class ModuleName:
 
     part: what its prefix says it is for; "" = the prefix does not say.
     paths: its path, `_` for `.`, in every possible reading, longest first.
-    text: the kind of text encoder that such a path can only be in, "clip" or "t5"; "" = not seen from the
-    path.
+    text: the only kind of text encoder with such a path, "clip" or "t5"; "" = the path does not tell.
     """
 
     part: str
@@ -98,8 +96,7 @@ def is_clip_path(path: str) -> bool:
 
 
 def bare_text_path(path: str) -> str:
-    """CLIP paths with and without the outer `text_model` are the same module; the index knows them
-    without."""
+    """The path without an outer `text_model`, which some spellings leave out."""
     return re.sub(r"^text_model[._]", "", path)
 
 
@@ -155,8 +152,7 @@ def _said(says: str | None, match: re.Match[str], rest: str, part: str) -> str:
 
 
 def encoder_part(name: str) -> str:
-    """The part of a text encoder given by number ("1".."3") or by ComfyUI's name; unknown names (language
-    models) count as "te1"."""
+    """The part of a text encoder given by number ("1".."3") or ComfyUI's name; "te1" for unknown names."""
     return f"te{name}" if name in ("1", "2", "3") else _ENCODER_PARTS.get(name, "te1")
 
 
@@ -193,8 +189,10 @@ _LANGUAGE_MODEL = re.compile(r"model\.(?:layers|embed_tokens|norm)\.")
 
 
 class BaseNames:
-    """Splits the parameter names of one model into (part, dotted path); looks at all names once, for what a
-    single one cannot tell."""
+    """Splits the parameter names of one model into (part, dotted path).
+
+    Looks at all names once, for what a single one cannot tell.
+    """
 
     def __init__(self, keys: Iterable[str]):
         keys = list(keys)
@@ -210,8 +208,7 @@ class BaseNames:
         self._by_depth = "te2" if any(_CLIP_G_LAYER.search(k) for k in first) else "te1"
 
     def split(self, key: str) -> tuple[str, str]:
-        """(part, path) of one parameter; part is "none" for what no adapter is for (VAE, averaged copies,
-        vision towers)."""
+        """(part, path) of one parameter; part is "none" for the VAE and all else that no adapter is for."""
         for pattern, says in _BASE_PREFIX:
             match = pattern.match(key)
             if match is None:
