@@ -49,6 +49,7 @@ class LayerRotation:
     memory_view: the weight's memory read as (numel/out, out), as PEFT's BOFT before 0.14 does for convolutions.
     core_alpha: raw alpha for the ``core`` mode; None if ComfyUI's own loader does not read this dialect.
     size: length of the rotated axis if it is not count*block (the last block is cut), else None.
+    added: a difference of the weight's shape that is added before the rotation (DoKr-OFT's Kronecker product).
     """
 
     side: str
@@ -67,6 +68,7 @@ class LayerRotation:
     memory_view: bool = False
     core_alpha: float | None = None
     size: int | None = None
+    added: Tensor | None = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     # ---------------------------------------------------------------- description
@@ -128,8 +130,8 @@ class LayerRotation:
 
         Raises ShapeError if a block or a butterfly reaches over the cut.
         """
-        if start == 0 and length == (self.axis if self.side == "out" else length) and self.row_scale is None:
-            return self
+        if self.added is not None:
+            raise ShapeError("A DoKr-OFT layer cannot be taken apart", module=module)
         scale = None if self.row_scale is None else self.row_scale[start : start + length]
         if self.side == "in":
             return replace(self, row_scale=scale, _cache=self._cache)
@@ -300,6 +302,26 @@ class LayerRotation:
         built = rotation if rotation is not None else self.build(strength, weight.device)
         if built is None:
             return
+        if self.added is not None:
+            self._apply_added_(weight, strength, built)
+            return
+        self._multiply_(weight, built, self._row_factors(weight, base_row_norm), strength)
+
+    def _apply_added_(self, weight: Tensor, strength: Strength, built: Built) -> None:
+        """DoKr-OFT: rotate the sum of weight and difference. The only form that needs a full-size float32 copy."""
+        s = strength.value
+        delta = self.added.to(weight.device, torch.float32).reshape(weight.shape)
+        if strength.mode == "linear":
+            work = weight.float() + delta
+            self._multiply_(work, built, self._row_factors(work, None), Strength())
+            work = torch.lerp(weight.float(), work, s)
+        else:
+            work = torch.add(weight.float(), delta, alpha=s)
+            self._multiply_(work, built, self._row_factors(work, None), strength)
+        multiply.store_(weight, work)
+
+    def _row_factors(self, weight: Tensor, base_row_norm: Tensor | None) -> Tensor | None:
+        """Row factors at strength 1 for this weight, float32 (out,)."""
         rows = self.row_scale
         if rows is not None:
             rows = rows.to(weight.device, torch.float32)
@@ -310,7 +332,7 @@ class LayerRotation:
                 if norm is None:
                     raise ShapeError("The row norms of the unpatched weight are needed for this layer (dora_scale)")
                 rows = rows / norm.to(weight.device, torch.float32).clamp_min(1e-12)
-        self._multiply_(weight, built, rows, strength)
+        return rows
 
     def _multiply_(self, weight: Tensor, built: Built, rows: Tensor | None, strength: Strength) -> None:
         s, mode = strength.value, strength.mode
@@ -347,7 +369,7 @@ class LayerRotation:
         """(tensors, plain values) from which ``from_state`` rebuilds an equal object."""
         limit = self.constraint
         tensors = (
-            self.generator, self.matrix, self.row_scale, self.col_scale, None if limit is None else limit.norm,
+            self.generator, self.matrix, self.row_scale, self.col_scale, self.added, None if limit is None else limit.norm,
         )
         plain = (
             self.side, self.block, self.count, self.kind, self.terms, self.butterfly, self.clip, self.norm_of,
@@ -358,12 +380,12 @@ class LayerRotation:
 
     @classmethod
     def from_state(cls, tensors: Sequence[Tensor | None], plain: Sequence) -> LayerRotation:
-        generator, matrix, row_scale, col_scale, norm = tensors
+        generator, matrix, row_scale, col_scale, added, norm = tensors
         side, block, count, kind, terms, butterfly, clip, norm_of, memory_view, core_alpha, size, limit = plain
         constraint = None if limit is None else Constraint(limit[0], limit[1], norm, limit[2])
         return cls(
             side, block, count, kind, terms, generator, matrix, butterfly, constraint, clip, row_scale, norm_of, col_scale,
-            memory_view, core_alpha, size,
+            memory_view, core_alpha, size, added,
         )
 
 

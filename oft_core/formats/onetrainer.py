@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..constraint import Constraint
-from ..layer import Diff, LayerRotation
+from ..layer import LayerRotation
 from .common import Maker, Module, Piece, block_count, conv_like, frobenius, truth
 
 #: OneTrainer dropped COFT on this day; its configs up to then may switch it on.
@@ -32,7 +32,7 @@ def divisor(module: Module, b: int) -> float:
     stored = module.number("scaled_oft_metadata")
     if stored is not None:
         scaled = bool(stored)
-    if not scaled:
+    if not scaled and "lora_magnitude_vector.weight" not in module:  # DoKr-OFT always scales
         return 1.0
     choice = module.context.options.scaled_divisor
     date = module.context.metadata.get("modelspec.date", "")
@@ -81,7 +81,7 @@ def read_oft_v2(module: Module) -> Maker:
     clip = module.number("oft_R.clipped_oft")
     ratio, norm_of = dora_factor(module)
     limited = coft_limit(module, packed)
-    lokr = lokr_delta(module)
+    added = lokr_delta(module)
 
     def make(shape: Sequence[int] | None) -> list[Piece]:
         conv = conv_like(shape)
@@ -95,9 +95,9 @@ def read_oft_v2(module: Module) -> Maker:
             "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
             # Training projected linear layers only.
             constraint=None if conv or limited is None else limited,
-            clip=clip, row_scale=ratio, norm_of=norm_of,
+            clip=clip, row_scale=ratio, norm_of=norm_of, added=added,
         )
-        return [*lokr, Piece(rotation)]
+        return [Piece(rotation)]
 
     return make
 
@@ -124,8 +124,12 @@ def dora_factor(module: Module) -> tuple[torch.Tensor | None, str]:
     return factor, norm_of
 
 
-def lokr_delta(module: Module) -> list[Piece]:
-    """DoKr-OFT: the Kronecker product that is added to the weight before it is rotated; [] without one."""
+def lokr_delta(module: Module) -> torch.Tensor | None:
+    """DoKr-OFT: the Kronecker product (out, ...) that is added to the weight before it is rotated; None without one.
+
+    Its ``alpha`` is LoKr's: over the rank of the second factor, and without effect where that factor is whole.
+    """
+
     def factor(name: str) -> tuple[torch.Tensor | None, int | None]:
         whole = module.get(name)
         if whole is not None:
@@ -135,18 +139,17 @@ def lokr_delta(module: Module) -> list[Piece]:
             return None, None
         return (a.flatten(1) @ c.flatten(1)).view(a.shape[0], *c.shape[1:]), c.shape[0]
 
-    first, rank1 = factor("lokr_w1")
-    second, rank2 = factor("lokr_w2")
+    first, _ = factor("lokr_w1")
+    second, rank = factor("lokr_w2")
     if first is None and second is None:
-        return []
+        return None
     if first is None or second is None or "lokr_t2" in module:
         raise module.format_error(
             "The LoKr part of this layer is not of a known form", found=sorted(s for s in module.tensors if s.startswith("lokr")),
             expected="lokr_w1 and lokr_w2, whole or as _a and _b",
         )
-    rank = rank2 or rank1
     alpha = module.number("alpha")
     scale = 1.0 if rank is None or alpha is None else alpha / rank
     if first.ndim < second.ndim:
         first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
-    return [Piece(Diff(torch.kron(first, second.contiguous()) * scale))]
+    return torch.kron(first, second.contiguous()) * scale
