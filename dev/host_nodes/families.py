@@ -225,21 +225,40 @@ def stock_unet_state(name: str, seed: int = 0, prefix: str = "") -> dict[str, to
 
 
 def taesd_state(family: str, seed: int = 0, prefix: str = "") -> dict[str, torch.Tensor]:
-    """fp32 state dict of a tiny autoencoder in the layout that VAELoader recognises."""
+    """fp32 state dict of a tiny autoencoder in the layout that VAELoader recognises.
+
+    The weights are designed rather than random, so that pictures are smooth colour fields inside the visible range
+    and differences between latents stay visible: every latent channel is a colour direction, the three up and down
+    steps blur, and the residual branches only add a little texture. Positive and negative parts of a channel travel
+    in two channels of their own, since there is a ReLU behind every block.
+    """
+    latents = LATENT_CHANNELS[family]
     with torch.device("meta"):
-        model = comfy.taesd.taesd.TAESD(latent_channels=LATENT_CHANNELS[family])
-    state = random_state(model, torch.float32, seed, prefix)
+        model = comfy.taesd.taesd.TAESD(latent_channels=latents)
+    state = random_state(model, torch.float32, seed)
     for name, tensor in state.items():
-        # Small residual branches and a soft last layer keep pictures inside the visible range.
-        if name.endswith("conv.4.weight"):
-            tensor.mul_(0.3)
-        elif name.endswith("taesd_decoder.18.weight"):
-            tensor.mul_(0.5)
-        elif name.endswith("taesd_decoder.18.bias"):
-            tensor.add_(0.5)
-    state[prefix + "vae_scale"] = torch.tensor(_TAESD_SCALE[family])
-    state[prefix + "vae_shift"] = torch.tensor(_TAESD_SHIFT.get(family, 0.0))
-    return state
+        if ".conv." in name:
+            tensor.mul_(0.1)
+        elif name.startswith("taesd_"):
+            tensor.zero_()
+    colour = fill_("colour directions", torch.empty(3, latents), seed)
+    colour *= 0.2 / colour.norm(dim=1, keepdim=True)
+    blur = torch.tensor([1.0, 2.0, 1.0]) / 4
+    for name in [f"taesd_encoder.{i}.weight" for i in (2, 6, 10)] + [
+        f"taesd_decoder.{i}.weight" for i in (7, 12, 17)
+    ]:
+        state[name][range(64), range(64)] = torch.outer(blur, blur)
+    signs = torch.cat([torch.eye(latents), -torch.eye(latents)])  # (2 latents, latents)
+    state["taesd_decoder.1.weight"][: 2 * latents, :, 1, 1] = signs
+    state["taesd_decoder.19.weight"][:, : 2 * latents, 1, 1] = colour @ signs.T
+    state["taesd_decoder.19.bias"].fill_(0.5)
+    to_latent = signs @ torch.linalg.pinv(colour)  # (2 latents, 3)
+    state["taesd_encoder.0.weight"][: 2 * latents, :, 1, 1] = to_latent
+    state["taesd_encoder.0.bias"][: 2 * latents] = -0.5 * to_latent.sum(1)
+    state["taesd_encoder.14.weight"][:, : 2 * latents, 1, 1] = signs.T
+    state["vae_scale"] = torch.tensor(_TAESD_SCALE[family])
+    state["vae_shift"] = torch.tensor(_TAESD_SHIFT.get(family, 0.0))
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def make_model(family: str, full_depth: bool = False, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
