@@ -107,12 +107,13 @@ def _numbers(shapes: Shapes, prefix: str) -> list[int]:
 
 
 def _row_split(shapes: Shapes, path: str, count: int) -> list[Rows]:
-    """(start, length) of each part of a fused matrix; [None] for one part = all rows; [] if the rows do not
-    divide."""
+    """(start, length) of each part of a fused matrix; [None] = one part, all rows; [] = none fit."""
     if count == 1:
         return [None]
     shape = shapes[path]
-    rows = shape[0] if shape else 0
+    if len(shape) == 0:
+        return []
+    rows = shape[0]
     if count < 4:
         sizes = _attention_sizes(shapes, path, rows, count)
     else:  # Flux' linear1: query, key, value, then the wider MLP; linear2 leads back to the model's width
@@ -134,14 +135,13 @@ def _attention_sizes(shapes: Shapes, path: str, rows: int, count: int) -> list[i
 
 
 def _has_two_chunks(shapes: Shapes, norm: str, attention: str, thirds: int) -> bool:
-    """SD3's last block only reads its context, so its context norm has two chunks (shift, scale) instead of
-    six.
+    """True for the context norm of SD3's last block, which only reads its context: two chunks, not six.
 
-    Only those two are stored the other way round by diffusers. The attention beside it has `thirds` times
-    the model's width in rows.
+    Only those two (shift, scale) are stored the other way round by diffusers. The attention beside it has
+    `thirds` times the model's width in rows.
     """
-    beside = shapes.get(attention)
-    return beside is not None and shapes[norm][0] * thirds == 2 * beside[0]
+    rows, beside = shapes[norm][:1], shapes.get(attention, ())[:1]
+    return len(rows) == len(beside) == 1 and rows[0] * thirds == 2 * beside[0]
 
 
 _TIME_TEXT = "time_text_embed."

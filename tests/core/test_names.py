@@ -482,6 +482,12 @@ def test_flux_rows_without_linear2_come_from_the_input_width():
     ]
 
 
+def test_shapes_without_rows_are_no_reason_to_fail():
+    index = NameIndex({key: () for key in flux(1, 1) | sd3(2) | open_clip(1)})
+    assert keys(index, "lora_unet_single_blocks_0_linear1") == ["single_blocks.0.linear1.weight"]
+    assert index.resolve("transformer.single_transformer_blocks.0.proj_mlp") == []
+
+
 def test_grouped_attention_splits_by_the_output_projection():
     shapes = {"layers.0.attention.qkv.weight": (40, 24), "layers.0.attention.out.weight": (24, 24)}
     index = NameIndex(prefixed("diffusion_model.", shapes))
