@@ -31,6 +31,15 @@ class Entry:
     module: str
     dialect: str
     make: Maker
+    _pieces: dict[tuple[int, ...] | None, list[Piece]] = field(default_factory=dict, repr=False, compare=False)
+
+    def pieces(self, shape: Sequence[int] | None) -> list[Piece]:
+        """What to do with a weight of this shape (None: not known, a plain Linear layer). Kept, with what its rotations have
+        computed, so that a file that stays in memory answers at once for another strength."""
+        key = None if shape is None else tuple(shape)
+        if key not in self._pieces:
+            self._pieces[key] = self.make(shape)
+        return self._pieces[key]
 
     @property
     def component(self) -> str:
@@ -115,7 +124,7 @@ class Adapter:
 
     def operations(self) -> dict[str, list[Piece]]:
         """Module -> pieces without a model at hand (layers taken as plain Linear); for inspection."""
-        return {name: entry.make(None) for name, entry in self.entries.items()}
+        return {name: entry.pieces(None) for name, entry in self.entries.items()}
 
     def bind(self, index: NameIndex, *, strict: bool = True) -> Binding:
         """Place every layer on the parameters that ``index`` knows.
@@ -149,7 +158,7 @@ class Adapter:
         # A layer that is one in the file and several in the model is seen by the reader as one.
         shape = (sum(rows), *shapes[targets[0].key][1:])
         out: list[Patch] = []
-        for piece in entry.make(shape):
+        for piece in entry.pieces(shape):
             begin, length = piece.rows or (0, shape[0])
             seen = (length, *shape[1:]) if piece.param == "weight" else (length,)
             piece.op.check_shape(seen, module=entry.module, file=self.path)
@@ -281,7 +290,7 @@ def read_tensors(
     dialect = count.most_common(1)[0][0]
     for entry in entries.values():
         if entry.dialect != "F5d":
-            entry.make(None)  # shape faults and remarks show now, not at the first use
+            entry.pieces(None)  # shape faults and remarks show now, not at the first use
     if unknown:
         context.note(f"{len(unknown)} keys are not understood and not applied, e.g. {unknown[0]}")
     return Adapter(

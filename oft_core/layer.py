@@ -19,7 +19,8 @@ from .errors import ShapeError, StrengthError
 from .rotation import (
     Spectrum,
     generator_spectrum,
-    largest_lambda,
+    lambdas,
+    orthogonality_error,
     polar,
     rotation_spectrum,
     scaled_planes,
@@ -27,8 +28,6 @@ from .rotation import (
     unpack_skew,
 )
 
-#: Blocks are built in float64 in batches of at most this many numbers (64 MiB), so that building stays small beside the result.
-_BUILD_NUMBERS = 1 << 23
 #: An angle of a finished matrix closer to 180 degrees than this has no definite direction, hence no power.
 _AMBIGUOUS = torch.pi - 2e-3
 
@@ -177,14 +176,24 @@ class LayerRotation:
             factor = factor * (bound / lam.clamp_min(1e-30)).clamp_max(1.0)
         return factor
 
-    def largest_lam(self, device: torch.device | str = "cpu") -> Tensor:
-        """Largest lam of every stored block without limits, float64 (stages, stored). Cached."""
+    def lam(self) -> Tensor:
+        """lam of every plane without limits (two equal values a plane), float64 (stages, stored, b), ascending. Cached."""
         if "lam" not in self._cache:
-            out = []
+            parts = []
             for part in _portions(self.generator.flatten(0, 1), self.block):
-                out.append(largest_lambda(unpack_skew(part.double(), self.block)))
-            self._cache["lam"] = torch.cat(out).view(self.stages, self.stored)
-        return self._cache["lam"].to(device)
+                parts.append(lambdas(unpack_skew(part.double(), self.block)))
+            self._cache["lam"] = torch.cat(parts).view(self.stages, self.stored, self.block)
+        return self._cache["lam"]
+
+    def lam_bound(self) -> float:
+        """Upper bound of lam without limits, cheap: Frobenius norm over sqrt(2). Cached."""
+        if "bound" not in self._cache:
+            self._cache["bound"] = float(self.generator.square().sum(-1).max().sqrt()) * (1 + 1e-6)
+        return self._cache["bound"]
+
+    def largest_lam(self, device: torch.device | str = "cpu") -> Tensor:
+        """Largest lam of every stored block without limits, float64 (stages, stored)."""
+        return self.lam()[..., -1].to(device)
 
     def spectrum(self) -> Spectrum:
         """Planes of the unlimited generator, or of the orthogonal part of finished matrices; float32, (stages, stored, ...). Cached."""
@@ -222,11 +231,16 @@ class LayerRotation:
 
     def angles(self, strength: Strength | None = None) -> Tensor:
         """Rotation angle in radians of every plane (stages, stored, b) at strength 1, limits applied as ``strength.coft`` says."""
-        planes = self.spectrum().planes.double()
         if self.kind == "matrix":
-            return planes
+            return self.spectrum().planes.double()
         limit = self._limit(replace(strength or Strength(), value=1.0), "cpu").expand(self.stages, self.stored)
-        return transform(self.kind, self.terms).angle(planes * limit.unsqueeze(-1))
+        return transform(self.kind, self.terms).angle(self.lam() * limit.unsqueeze(-1))
+
+    def orthogonality_error(self) -> float:
+        """max |M^T M - I| over all blocks at strength 1. Cached."""
+        if "error" not in self._cache:
+            self._cache["error"] = float(orthogonality_error(self.build(Strength()).matrices.double()).max())
+        return self._cache["error"]
 
     def check_strength(self, strength: Strength, *, module: str | None = None, file: str | None = None) -> None:
         """Raises StrengthError where the mode is not defined for this layer at this strength."""
@@ -242,7 +256,7 @@ class LayerRotation:
                 "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined",
                 file=file, module=module, found=strength.value, hint="Use mode 'linear' for other strengths.",
             )
-        if self.kind.startswith("neumann"):
+        if self.kind.startswith("neumann") and self.lam_bound() >= 1:
             lam = float((self.largest_lam() * self._limit(replace(strength, value=1.0), "cpu")).max())
             if lam >= 1:
                 raise StrengthError(
@@ -455,8 +469,9 @@ def powered(factors: Tensor | None, s: float) -> Tensor | None:
 
 
 def _portions(flat: Tensor, block: int) -> list[Tensor]:
-    """Split (blocks, ...) so that the float64 matrices of one part stay within the build budget."""
-    return list(flat.split(max(1, _BUILD_NUMBERS // (block * block))))
+    """Split (blocks, ...) so that the float64 matrices of one part fill 1 MiB on a CPU (its cache), 64 MiB elsewhere."""
+    numbers = 1 << 17 if flat.device.type == "cpu" else 1 << 23
+    return list(flat.split(max(1, numbers // (block * block))))
 
 
 def _core_constraint(layer: LayerRotation) -> Constraint:
@@ -472,7 +487,8 @@ def _directly(layer: LayerRotation, strength: Strength) -> bool:
         return layer.kind != "matrix" or not isinstance(strength.coft, float)
     if layer.kind == "matrix" or strength.mode == "geodesic":
         return False
-    return layer.exact
+    # A series inside its safe range is the polynomial of the scaled generator, the same number for less work.
+    return layer.exact or abs(strength.value) * layer.lam_bound() <= 0.5
 
 
 def build_all(layers: Sequence, strength: Strength, device: torch.device | str = "cpu") -> list[Built | None]:

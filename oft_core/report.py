@@ -12,9 +12,8 @@ import torch
 from .adapter import Adapter, Binding
 from .constraint import Strength
 from .formats import DIALECTS
-from .layer import Diff, LayerRotation, build_all
+from .layer import Diff, LayerRotation
 from .names import guess_family
-from .rotation import orthogonality_error
 
 #: Above this block size exact angles of every plane are costly, so that mean and largest angle are estimated (marked "about").
 _EXACT_UP_TO = 512
@@ -119,7 +118,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
     uses = [c.use() for c in limits]
     diverging = [
         m for m, ops in operations.items() for op in ops
-        if isinstance(op, LayerRotation) and op.kind.startswith("neumann") and _lam_bound(op) >= 1 and _lam(op, strength) >= 1
+        if isinstance(op, LayerRotation) and op.kind.startswith("neumann") and op.lam_bound() >= 1 and _lam(op, strength) >= 1
     ]
     if diverging:
         warnings.append(
@@ -177,11 +176,6 @@ def _components(adapter: Adapter, binding: Binding | None) -> dict[str, Componen
     return dict(sorted(out.items(), key=lambda item: list(_NAMES).index(item[0])))
 
 
-def _lam_bound(r: LayerRotation) -> float:
-    """Upper bound of lam before limits, cheap: Frobenius norm over sqrt(2)."""
-    return float(r.generator.double().square().sum(-1).max().sqrt())
-
-
 def _lam(r: LayerRotation, strength: Strength | None) -> float:
     coft = "file" if strength is None else strength.coft
     limit = r._limit(Strength(1.0, "rotation", coft), "cpu")
@@ -217,11 +211,7 @@ def _reach(top: float, strength: Strength) -> float:
 
 def _orthogonality(rotations: list[LayerRotation]) -> float | None:
     """Largest error at strength 1; very large blocks are left out, as for the angles."""
-    small = [r for r in rotations if r.block <= _EXACT_UP_TO]
-    worst = 0.0
-    for built in build_all(small, Strength()):
-        worst = max(worst, float(orthogonality_error(built.matrices.double()).max()))
-    return worst if small else None
+    return max((r.orthogonality_error() for r in rotations if r.block <= _EXACT_UP_TO), default=None)
 
 
 def _base_model(adapter: Adapter) -> str:

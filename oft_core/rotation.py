@@ -24,11 +24,9 @@ def block_size_of(length: int) -> int | None:
 
 def unpack_skew(v: Tensor, b: int) -> Tensor:
     """Packed (..., b(b-1)/2), the strict upper triangle row by row -> skew-symmetric (..., b, b)."""
-    q = v.new_zeros(*v.shape[:-1], b, b)
     i, j = torch.triu_indices(b, b, 1, device=v.device)
-    q[..., i, j] = v
-    q[..., j, i] = -v
-    return q
+    upper = v.new_zeros(*v.shape[:-1], b * b).index_copy(-1, i * b + j, v).unflatten(-1, (b, b))
+    return upper - upper.transpose(-1, -2)
 
 
 def pack_skew(q: Tensor) -> Tensor:
@@ -122,9 +120,9 @@ def polar(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ right_t, right_t.transpose(-1, -2), sigma
 
 
-def largest_lambda(q: Tensor) -> Tensor:
-    """Spectral norm of each skew block (..., b, b) -> (...,): exact, by the eigenvalues of q^T q."""
-    return torch.linalg.eigvalsh(q.transpose(-1, -2) @ q)[..., -1].clamp_min(0).sqrt()
+def lambdas(q: Tensor) -> Tensor:
+    """lam of every plane of skew blocks (..., b, b) -> (..., b) ascending; the last is the spectral norm."""
+    return torch.linalg.eigvalsh(q.transpose(-1, -2) @ q).clamp_min(0).sqrt()
 
 
 def orthogonality_error(m: Tensor) -> Tensor:

@@ -116,9 +116,9 @@ def test_series_strength_follows_the_scaled_generator_while_safe() -> None:
     assert float(gain) == pytest.approx(float(want_gain)) and float(angle) == pytest.approx(float(want_angle))
 
 
-def test_largest_lambda_is_the_spectral_norm() -> None:
+def test_the_last_lambda_is_the_spectral_norm() -> None:
     q = skew(6, 17, 2.0, seed=3)
-    assert (rot.largest_lambda(q) - torch.linalg.matrix_norm(q, 2)).abs().max() < 1e-12
+    assert (rot.lambdas(q)[:, -1] - torch.linalg.matrix_norm(q, 2)).abs().max() < 1e-12
 
 
 def test_angle_of_lam_and_back() -> None:
