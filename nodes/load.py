@@ -40,17 +40,9 @@ TIPS = {
     "alpha_rule": "How the stored COFT limit is meant. scaled: times the layer's width (kohya, LyCORIS). raw: as it is (ComfyUI's own trainer). auto: by key names and metadata.",
     "scaled_divisor": "For 'scaled OFT' files: early fork files divided by another number. auto: decide by the date in the file.",
     "rotate_bias": "kohya files of 2023 to September 2024 also turned the bias while training. auto: decide by the date in the file.",
+    "boft_conv": "PEFT BOFT files with convolutions: versions before 0.14 read the memory of those weights in another order. auto: by the keys in the file.",
     "oft_diag": "Old LyCORIS files: whether oft_diag holds the finished rotation or an additive part. auto: decide by the numbers.",
 }
-READ_CHOICES = {
-    "peft_neumann": ("auto", "old", "new"),
-    "alpha_rule": ("auto", "scaled", "raw"),
-    "scaled_divisor": ("auto", "new", "old"),
-    "rotate_bias": ("auto", "on", "off"),
-    "oft_diag": ("auto", "rotation", "additive"),
-}
-
-
 def _model(**more: Any) -> io.Model.Input:
     return io.Model.Input("model", tooltip=TIPS["model"], **more)
 
@@ -190,7 +182,7 @@ class OFTLoadAdapter(io.ComfyNode):
                 io.Combo.Input, name, options=list(choices), default=choices[0], optional=True, advanced=True,
                 tooltip=TIPS[name],
             )
-            for name, choices in READ_CHOICES.items()
+            for name, choices in ReadOptions.CHOICES.items()
         ]
         return compat.schema(
             node_id="OFT_LoadAdapter",

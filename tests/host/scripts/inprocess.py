@@ -279,8 +279,8 @@ def scaled_fp8_weights():
 
     net = Net()
     true = torch.randn(64, 32, generator=generator(0)) * 0.3
-    net.linear.weight = torch.nn.Parameter((true / 0.001).to(torch.float8_e4m3fn), requires_grad=False)
-    net.linear.scale_weight = torch.nn.Parameter(torch.tensor(0.001), requires_grad=False)
+    net.linear.weight = torch.nn.Parameter((true / 0.004).to(torch.float8_e4m3fn), requires_grad=False)
+    net.linear.scale_weight = torch.nn.Parameter(torch.tensor(0.004), requires_grad=False)
     patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
     blocks = torch.randn(8, 8, 8, generator=generator(1)) * 0.1
     adapter = read_tensors({"linear.oft_blocks": blocks, "linear.alpha": torch.tensor(0.0)}, {}, name="test")
@@ -289,9 +289,9 @@ def scaled_fp8_weights():
     dictionaries, keeper = host.make_patches(side, adapter.bind(index).patches, "rotation", "file")
     clone = patcher.clone()
     clone.add_patches(dictionaries[0], 1.0)
-    expected = rotated_out(net.linear.weight.float() * 0.001, blocks)
+    expected = rotated_out(net.linear.weight.float() * 0.004, blocks)
     clone.patch_model(torch.device("cpu"))
-    close(net.linear.weight.float() * net.linear.scale_weight, expected, 0.04)
+    close(net.linear.weight.float() * net.linear.scale_weight, expected, 0.13 * float(expected.abs().max()))
     clone.unpatch_model(torch.device("cpu"))
     assert keeper.batches
 
@@ -516,6 +516,7 @@ def text_encoders_of_every_family():
     }
     for family, wanted in names.items():
         model, clip = families.make_model(family), families.make_clip(family)
+        management.unload_all_models()  # ComfyUI loads new text encoders at once
         base = {k: v.detach().clone() for k, v in clip.cond_stage_model.state_dict().items()}
         tensors, blocks = {}, {}
         for i, (name, key) in enumerate(wanted.items()):
@@ -529,7 +530,8 @@ def text_encoders_of_every_family():
         for key in base:
             if key[:-7] in blocks:
                 expected = rotated_out(base[key], blocks[key[:-7]])
-                close(patched[key], expected, 2e-6 if base[key].dtype == torch.float32 else 3e-3)
+                worst = float((patched[key].double() - expected).norm() / expected.norm())
+                assert worst < 1e-3, (family, key, worst)
             else:
                 assert torch.equal(patched[key], base[key]), (family, key)
 
@@ -660,9 +662,10 @@ def no_graph_breaking_reads():
 def rotations_are_kept_only_while_needed():
     import gc
 
+    gc.collect()
+    assert cache.total_bytes() == 0, "left over from patchers that are gone"
     model = sd15()
     patched = applied(adapter_for(model), model, 0.7).model
-    assert cache.total_bytes() == 0
     management.load_models_gpu([patched])
     assert cache.total_bytes() == 0, "freed after the weights are merged"
     management.unload_all_models()
@@ -686,7 +689,6 @@ def rotations_are_kept_only_while_needed():
     finally:
         cache.build_all = build
     tokens = {p[0][1].weights[2][1] for p in patched.patches.values()}
-    cache.release(tokens)
     del patched, other
     gc.collect()
     assert not tokens & set(cache._batches), "batches go with their patchers"
