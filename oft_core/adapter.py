@@ -163,7 +163,7 @@ class Adapter:
             seen = (length, *shape[1:]) if piece.param == "weight" else (length,)
             piece.op.check_shape(seen, module=entry.module, file=self.path)
             at = 0
-            for target, height in zip(targets, rows):
+            for target, height in zip(targets, rows, strict=True):
                 low, high = max(begin, at), min(begin + length, at + height)
                 at += height
                 if low >= high:
@@ -210,7 +210,7 @@ def load_adapter(path: str | os.PathLike, options: ReadOptions | None = None) ->
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         with open(path, "rb") as f:
             head = f.read(4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def butterfly_permutation(family: str, stage: int, block: int, size: int, device: torch.device | str = "cpu") -> Tensor | None:
     """Index (size,) that gathers the entries of one butterfly stage into consecutive blocks; None for the identity.
 

@@ -520,7 +520,7 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
         limit = [
             (layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored).reshape(-1, 1) for i in members
         ]
-        flat = torch.cat([layers[i].generator.to(where, torch.float64).flatten(0, 1) * f for i, f in zip(members, limit)])
+        flat = torch.cat([layers[i].generator.to(where, torch.float64).flatten(0, 1) * f for i, f in zip(members, limit, strict=True)])
         # Written into float32 part by part, so that the float64 copies stay small.
         result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=where)
         at = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from ..constraint import Constraint
 from ..layer import Diff
 from .common import Maker, Module, Piece

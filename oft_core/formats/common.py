@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..constraint import Constraint
 from ..errors import FormatError, ShapeError
 from ..layer import Diff, LayerRotation
 from ..rotation import block_size_of, pack_skew
@@ -34,7 +34,7 @@ class ReadOptions:
     oft_diag: str = "auto"
     boft_conv: str = "auto"
 
-    CHOICES = {
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "peft_neumann": ("auto", "old", "new"),
         "alpha_rule": ("auto", "scaled", "raw"),
         "scaled_divisor": ("auto", "new", "old"),

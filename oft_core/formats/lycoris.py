@@ -52,7 +52,7 @@ def is_additive(module: Module) -> bool:
         return mean < 0
 
     def fault(m: torch.Tensor) -> float:
-        return float(orthogonality_error((m / m.norm(dim=-2, keepdim=True).clamp_min(1e-12))).max())
+        return float(orthogonality_error(m / m.norm(dim=-2, keepdim=True).clamp_min(1e-12)).max())
 
     plain, added = fault(d), fault(d + torch.eye(d.shape[-1], dtype=d.dtype))
     if plain < 2e-2 <= added:

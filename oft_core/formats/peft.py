@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..constraint import Constraint
 from ..layer import LayerRotation
-from .common import Context, Maker, Module, Piece, block_count, conv_like, frobenius, side_length, skew_pack, truth
+from .common import (
+    Context,
+    Maker,
+    Module,
+    Piece,
+    block_count,
+    conv_like,
+    frobenius,
+    side_length,
+    skew_pack,
+    truth,
+)
 
 DEFAULT_EPS = 6e-5
 

@@ -324,7 +324,7 @@ def test_batched_building_equals_single() -> None:
     layers = [*ALL.values(), Diff(torch.zeros(2))]
     for s, mode in ((0.4, "rotation"), (1.0, "rotation"), (-2.0, "geodesic"), (0.5, "linear")):
         strength = Strength(s, mode)
-        for layer, built in zip(layers, build_all(layers, strength)):
+        for layer, built in zip(layers, build_all(layers, strength), strict=True):
             alone = layer.build(strength)
             assert (built is None) == (alone is None)
             if built is not None:

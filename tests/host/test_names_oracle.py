@@ -43,6 +43,7 @@ def comparison(host_dir: Path) -> dict:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(host_dir), str(REPO)],
         capture_output=True,
+        check=False,
         text=True,
         timeout=600,
         env=env,

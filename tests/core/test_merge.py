@@ -1,0 +1,242 @@
+"""Merging into model files through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from oft_core import Strength, load_adapter, merge_file
+from oft_core.cli import main
+from oft_core.merge import read_header
+
+REPO = Path(__file__).resolve().parents[2]
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """(adapter for to_q and to_out, base with more layers and other dtypes, output path)."""
+    name = BLOCK.replace(".", "_")
+    save_file(
+        {
+            f"lora_unet_{name}_attn1_to_q.oft_blocks": rand(4, 6, 6) * 0.1,
+            f"lora_unet_{name}_attn1_to_out_0.oft_blocks": rand(4, 6, 6, seed=1) * 0.1,
+            f"lora_unet_{name}_attn9_to_q.oft_blocks": rand(4, 6, 6, seed=2) * 0.1,
+        },
+        tmp_path / "adapter.safetensors",
+    )
+    save_file(
+        {
+            f"{BLOCK}.attn1.to_q.weight": rand(24, 16),
+            f"{BLOCK}.attn1.to_out.0.weight": rand(24, 24, seed=3).half(),
+            f"{BLOCK}.attn1.to_out.0.bias": rand(24, seed=4).bfloat16(),
+            f"{BLOCK}.ff.net.2.weight": rand(24, 24, seed=5).to(torch.float8_e4m3fn),
+            "position_ids": torch.arange(7),
+            "scalar": torch.tensor(2.5),
+            "nothing": torch.zeros(0, 4),
+        },
+        tmp_path / "base.safetensors",
+        {"format": "pt", "modelspec.title": "näme"},
+    )
+    return tmp_path / "adapter.safetensors", tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+
+
+def raw(path: Path) -> dict[str, bytes]:
+    data = path.read_bytes()
+    return {k: data[s.begin : s.end] for k, s in read_header(path)[0].items()}
+
+
+def test_touches_only_what_it_should(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
+    adapter, base, out = files
+    assert main(["merge", str(adapter), str(base), "-o", str(out), "--strength", "0.5"]) == 0
+    before, after = raw(base), raw(out)
+    assert before.keys() == after.keys()
+    changed = {k for k in before if before[k] != after[k]}
+    assert changed == {f"{BLOCK}.attn1.to_q.weight", f"{BLOCK}.attn1.to_out.0.weight"}
+    with safe_open(out, "pt") as f:
+        metadata = f.metadata()
+        assert {k: v.dtype for k, v in load_file(out).items()} == {k: v.dtype for k, v in load_file(base).items()}
+    assert metadata["modelspec.title"] == "näme"
+    record = json.loads(metadata["oft_merge"])
+    assert record == [
+        {"adapter": "adapter.safetensors", "dialect": "F3", "strength": 0.5, "mode": "rotation", "coft": "file", "layers": 2,
+         "layers_not_found": 1}
+    ]
+    captured = capsys.readouterr()
+    assert "2 of 3 layers" in captured.out and "attn9" in captured.err
+
+
+def test_equals_the_layers_own_application(files: tuple[Path, Path, Path]) -> None:
+    adapter, base, out = files
+    strength = Strength(-0.7, "geodesic")
+    binding = merge_file(load_adapter(adapter), base, out, strength)
+    want = load_file(base)
+    for patch in binding.patches:
+        patch.apply_(want[patch.key], strength)
+    got = load_file(out)
+    assert all(torch.equal(got[k].float(), want[k].float()) for k in want)
+
+
+def test_strength_zero_copies_the_base(files: tuple[Path, Path, Path]) -> None:
+    adapter, base, out = files
+    assert main(["merge", str(adapter), str(base), "-o", str(out), "--strength", "0"]) == 0
+    assert raw(base) == raw(out)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+def test_dtype_converts_every_float_once(files: tuple[Path, Path, Path], name: str) -> None:
+    adapter, base, out = files
+    assert main(["merge", str(adapter), str(base), "-o", str(out), "--dtype", name]) == 0
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    source, got = load_file(base), load_file(out)
+    assert got["position_ids"].dtype == torch.int64 and torch.equal(got["position_ids"], source["position_ids"])
+    assert all(t.dtype == dtype for k, t in got.items() if k != "position_ids")
+    key = f"{BLOCK}.attn1.to_q.weight"
+    want = source[key].clone()
+    for patch in load_adapter(adapter).bind(_index(base)).patches:
+        if patch.key == key:
+            patch.apply_(want, Strength())
+    assert (got[key].float() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+    assert torch.equal(got["scalar"], source["scalar"].to(dtype)) and got["nothing"].shape == (0, 4)
+
+
+def _index(base: Path):
+    from oft_core import NameIndex
+
+    return NameIndex({k: s.shape for k, s in read_header(base)[0].items()})
+
+
+def test_merging_twice_keeps_the_history_and_undoes(files: tuple[Path, Path, Path]) -> None:
+    adapter, base, out = files
+    again = out.with_name("again.safetensors")
+    assert main(["merge", str(adapter), str(base), "-o", str(out), "--dtype", "fp32"]) == 0
+    assert main(["merge", str(adapter), str(out), "-o", str(again), "--strength", "-1"]) == 0
+    with safe_open(again, "pt") as f:
+        assert [r["strength"] for r in json.loads(f.metadata()["oft_merge"])] == [1.0, -1.0]
+    source, got = load_file(base), load_file(again)
+    key = f"{BLOCK}.attn1.to_q.weight"
+    assert (got[key] - source[key]).norm() / source[key].norm() < 1e-6
+
+
+def failing(*args: object, **kw: object) -> None:
+    raise RuntimeError("interrupted")
+
+
+def test_an_interrupted_merge_leaves_nothing_behind(files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, base, out = files
+    out.write_bytes(b"precious")
+    monkeypatch.setattr("oft_core.merge.Patch.apply_", failing)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        merge_file(load_adapter(adapter), base, out, Strength())
+    assert out.read_bytes() == b"precious"
+    assert sorted(p.name for p in out.parent.iterdir()) == ["adapter.safetensors", "base.safetensors", "out.safetensors"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_inputs_are_never_overwritten(files: tuple[Path, Path, Path], victim: int, capsys: pytest.CaptureFixture) -> None:
+    adapter, base, _ = files
+    before = files[victim].read_bytes()
+    assert main(["merge", str(adapter), str(base), "-o", str(files[victim])]) == 1
+    assert "overwrite" in capsys.readouterr().err and files[victim].read_bytes() == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00" + b"{'not': json}!!!" + b"\0" * 64)
+
+
+@pytest.mark.parametrize("damage", [cut, scramble])
+def test_damaged_base(files: tuple[Path, Path, Path], damage, capsys: pytest.CaptureFixture) -> None:
+    adapter, base, out = files
+    damage(base)
+    assert main(["merge", str(adapter), str(base), "-o", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "truncated" in error or "damaged" in error
+    assert str(base) in error and not out.exists()
+
+
+def test_quantised_layers_are_refused(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
+    adapter, base, out = files
+    tensors = load_file(base)
+    tensors[f"{BLOCK}.attn1.to_q.weight"] = torch.zeros(24, 16, dtype=torch.uint8)
+    save_file(tensors, base)
+    assert main(["merge", str(adapter), str(base), "-o", str(out)]) == 1
+    assert "cannot be rotated" in capsys.readouterr().err and not out.exists()
+
+
+def test_nothing_matched_is_an_error(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
+    adapter, base, out = files
+    save_file({"conv_in.weight": rand(4, 4, 3, 3)}, base)
+    assert main(["merge", str(adapter), str(base), "-o", str(out)]) == 1
+    assert "Nothing in this file belongs to the model" in capsys.readouterr().err and not out.exists()
+
+
+def test_inspect(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(files[0])]) == 0
+    assert "LyCORIS Diag-OFT (F3" in capsys.readouterr().out
+    assert main(["inspect", str(files[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["components"]["unet"]["layers"] == 3
+    assert main(["inspect", str(files[1])]) == 1
+    assert "not an OFT file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--mode", "wild"], ["--dtype", "int8"], ["--strength", "much"], []])
+def test_wrong_usage_exits_with_2(files: tuple[Path, Path, Path], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["merge", str(files[0]), *([str(files[1]), "-o", str(files[2])] if arguments else []), *arguments])
+    assert leave.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--coft", "loose"], ["--strength", "nan"], ["--mode", "core", "--coft", "400"]])
+def test_undefined_strengths_exit_with_1(files: tuple[Path, Path, Path], arguments: list[str]) -> None:
+    assert main(["merge", str(files[0]), str(files[1]), "-o", str(files[2]), *arguments]) == 1
+    assert not files[2].exists()
+
+
+MEMORY = """
+import resource, sys, torch
+from oft_core import Strength, load_adapter, merge_file
+torch.set_num_threads(1)
+adapter = load_adapter(sys.argv[1])
+merge_file(adapter, sys.argv[2], sys.argv[3] + ".warm", Strength(0.5))   # allocator and library start-up are not counted
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge_file(adapter, sys.argv[4], sys.argv[3], Strength(0.5))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    """A base of 12 layers of 32 MiB needs at most about three of them at once."""
+    base = {f"{BLOCK}.attn1.to_q.weight": rand(24, 16)}
+    save_file(base, tmp_path / "small.safetensors")
+    layer = 32 * 2**20
+    large = {f"transformer_blocks.{i}.attn.to_q.weight": torch.ones(2048, 4096) for i in range(12)}
+    save_file(large | base, tmp_path / "large.safetensors")
+    tensors = {f"lora_unet_transformer_blocks_{i}_attn_to_q.oft_blocks": rand(64, 32, 32, seed=i) * 0.01 for i in range(12)}
+    tensors[f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q.oft_blocks"] = rand(4, 6, 6) * 0.1
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    paths = [str(tmp_path / n) for n in ("adapter.safetensors", "small.safetensors", "out.safetensors", "large.safetensors")]
+    result = subprocess.run([sys.executable, "-c", MEMORY, *paths], cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 3 * layer
+
+
+def test_the_module_runs_as_a_command(files: tuple[Path, Path, Path]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "oft_core", "inspect", str(files[0])], cwd=REPO, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0 and "Diag-OFT" in result.stdout
