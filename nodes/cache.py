@@ -1,9 +1,8 @@
 """Built rotations, kept between forwards.
 
-A partially loaded model asks for each weight again in every forward, so the rotations must not be rebuilt each time;
-a full load asks for each of them once. Layers whose blocks have one size are built together, in batches: a few large
-tensor operations instead of several small ones per layer.
-"""
+A partially loaded model asks for each weight again in every forward, so the rotations must not be rebuilt
+each time; a full load asks for each of them once. Layers whose blocks have one size are built together, in
+batches: a few large tensor operations instead of several small ones per layer."""
 
 from __future__ import annotations
 
@@ -47,7 +46,9 @@ def built_bytes(op: LayerRotation) -> int:
 
 
 def batches(ops: Sequence[LayerRotation]) -> list[tuple[Batch, int]]:
-    """Group `ops` by block size, in order, into batches of bounded size; gives (batch, place in it) for each op."""
+    """Group `ops` by block size, in order, into batches of bounded size; gives (batch, place in it) for each
+    op.
+    """
     groups: dict[int, list[int]] = {}
     for i, op in enumerate(ops):
         groups.setdefault(op.block, []).append(i)
@@ -67,12 +68,13 @@ def batches(ops: Sequence[LayerRotation]) -> list[tuple[Batch, int]]:
     return [out[i] for i in range(len(ops))]
 
 
-def rotation(token: int, place: int, strength: Strength, device: torch.device, spare: LayerRotation) -> Built | None:
+def rotation(
+    token: int, place: int, strength: Strength, device: torch.device, spare: LayerRotation
+) -> Built | None:
     """The built rotation of one layer: kept from before, or by building its whole batch.
 
-    token, place: what `batches` gave. spare: the layer itself, built alone if the batch is gone because nothing but a
-    hook's weights refers to the file any more.
-    """
+    token, place: what `batches` gave. spare: the layer itself, built alone if the batch is gone because
+    nothing but a hook's weights refers to the file any more."""
     batch = _batches.get(token)
     if batch is None:
         return spare.build(strength, device)

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 T = TypeVar("T")
 
-# The keywords of later hosts that this pack uses. Anything else is passed through unchanged, so that a misspelt
-# keyword still raises.
+# The keywords of later hosts that this pack uses. Anything else is passed through unchanged, so that a
+# misspelt keyword still raises.
 OPTIONAL_KEYWORDS = frozenset({"search_aliases", "advanced"})
 
 
@@ -28,5 +28,7 @@ def schema(**keywords: Any) -> io.Schema:
 
 
 def entry(factory: type[T], *args: Any, **keywords: Any) -> T:
-    """`factory(...)` for an input class such as `io.Combo.Input`, without the optional keywords this host lacks."""
+    """`factory(...)` for an input class such as `io.Combo.Input`, without the optional keywords this host
+    lacks.
+    """
     return factory(*args, **known(factory, keywords))

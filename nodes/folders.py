@@ -26,9 +26,8 @@ CACHE_BYTES = 1 << 30
 def register() -> None:
     """Add `models/oft` and the lora folders to the `oft` folder list.
 
-    extra_model_paths.yaml is read before custom nodes are loaded and may have made the list already: its folders
-    stay first.
-    """
+    extra_model_paths.yaml is read before custom nodes are loaded and may have made the list already: its
+    folders stay first."""
     paths = list(folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0])
     own = os.path.join(folder_paths.models_dir, FOLDER)
     for path in (own, *folder_paths.get_folder_paths("loras")):
@@ -49,7 +48,9 @@ def find(name: str) -> str | None:
 
 
 def _stamp(path: str) -> tuple[str, int, int, int]:
-    """(path, mtime, size, mtime of a PEFT config beside it), all that decides whether a file must be read again."""
+    """(path, mtime, size, mtime of a PEFT config beside it), all that decides whether a file must be read
+    again.
+    """
     stat = os.stat(path)
     config = os.path.join(os.path.dirname(path), CONFIG)
     beside = os.stat(config).st_mtime_ns if os.path.isfile(config) else 0

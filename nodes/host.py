@@ -1,15 +1,15 @@
-"""The only file that touches ComfyUI's patching: names of the model's weights, the patch object, adding patches.
+"""The only file that touches ComfyUI's patching: names of the model's weights, the patch object, adding
+patches.
 
 An OFT patch is a multiplication, so it cannot be handed over as an additive difference. It goes into
-`ModelPatcher.patches` as a weight adapter object that rotates the weight in place when ComfyUI asks for it: on a full
-load, on every forward of a partly loaded model, for hooks, and when a checkpoint is saved.
-"""
+`ModelPatcher.patches` as a weight adapter object that rotates the weight in place when ComfyUI asks for it:
+on a full load, on every forward of a partly loaded model, for hooks, and when a checkpoint is saved."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,16 +47,20 @@ ROTATION, DIFF = "rotation", "diff"
 
 @contextlib.contextmanager
 def normal_tensors():
-    """Make ordinary tensors although nodes run under inference mode: they outlive the node and may meet autograd."""
+    """Make ordinary tensors although nodes run under inference mode: they outlive the node and may meet
+    autograd.
+    """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 class HostIndex(NameIndex):
-    """`NameIndex` over a loaded model, with ComfyUI's own LoRA key tables behind it for families it does not know."""
+    """`NameIndex` over a loaded model, with ComfyUI's own LoRA key tables behind it for families it does not
+    know.
+    """
 
     def __init__(self, shapes: Mapping[str, Any], aliases: Mapping[str, Target]):
         super().__init__(shapes)
@@ -77,10 +81,18 @@ def _plain(name: str) -> str:
 
 
 def _aliases(table: Mapping[str, Any]) -> dict[str, Target]:
-    """ComfyUI's key table (name -> key, or (key, (dim, start, length)), or (key, slice or None, function)) as targets."""
+    """ComfyUI's key table (name -> key, or (key, (dim, start, length)), or (key, slice or None, function)) as
+    targets.
+    """
     out: dict[str, Target] = {}
     for name, to in table.items():
-        key, piece, function = to if isinstance(to, tuple) and len(to) == 3 else (*to, None) if isinstance(to, tuple) else (to, None, None)
+        key, piece, function = (
+            to
+            if isinstance(to, tuple) and len(to) == 3
+            else (*to, None)
+            if isinstance(to, tuple)
+            else (to, None, None)
+        )
         if piece is not None and piece[0] != 0:
             continue
         if function is not None and function is not comfy.utils.swap_scale_shift:
@@ -106,7 +118,9 @@ class Side:
 
 
 def _model_side(model: Any) -> Side:
-    return Side("model", model, model, _shapes(model), _aliases(comfy.lora.model_lora_keys_unet(model.model, {})))
+    return Side(
+        "model", model, model, _shapes(model), _aliases(comfy.lora.model_lora_keys_unet(model.model, {}))
+    )
 
 
 def _clip_side(clip: Any) -> Side:
@@ -114,15 +128,15 @@ def _clip_side(clip: Any) -> Side:
     return Side("clip", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
 
 
-# --- the patch object ------------------------------------------------------------------------------------------------
+# --- the patch object ---------------------------------------------------------------------------------------
 
 
 class RotationPatch(WeightAdapterBase):
     """One layer's change, as ComfyUI's weight adapter.
 
     ComfyUI may rebuild the object as `type(x)(x.loaded_keys, moved_weights)`, so everything is in `weights`:
-    (tensors, meta, plan) with plan = (kind, batch token, place in the batch, mode, coft, swap_halves). The tensors are
-    the layer's own generator and scales; the token only finds rotations that were already built.
+    (tensors, meta, plan) with plan = (kind, batch token, place in the batch, mode, coft, swap_halves). The
+    tensors are the layer's own generator and scales; the token only finds rotations that were already built.
     """
 
     name = "oft_rotation"
@@ -144,15 +158,14 @@ class RotationPatch(WeightAdapterBase):
     ):
         """Rotate `weight` in place by `strength` and return it.
 
-        With an offset ComfyUI hands over a view and drops what is returned, hence in place. `intermediate_dtype` is
-        not used: a rotation built in half precision is not orthogonal. `original_weight` is a tensor or a dict,
-        depending on the caller, and is not needed.
-        """
+        With an offset ComfyUI hands over a view and drops what is returned, hence in place.
+        `intermediate_dtype` is not used: a rotation built in half precision is not orthogonal.
+        `original_weight` is a tensor or a dict, depending on the caller, and is not needed."""
         if strength == 0:
             return weight
         if function is not None and function.__module__ != comfy.lora.__name__:
-            # Chunk swaps of ComfyUI's key tables, their own inverse. Rotating the rows in the file's order and swapping
-            # back is right for both sides; swapping the difference alone would not be.
+            # Chunk swaps of ComfyUI's key tables, their own inverse. Rotating the rows in the file's order
+            # and swapping back is right for both sides; swapping the difference alone would not be.
             rows = function(weight).contiguous()
             self._apply(rows, float(strength))
             return weight.copy_(function(rows))
@@ -162,8 +175,8 @@ class RotationPatch(WeightAdapterBase):
     def _apply(self, weight: torch.Tensor, strength: float) -> None:
         (tensors, base_norm), plain, (kind, token, place, mode, coft, swap) = self.weights
         at = Strength(strength, mode, coft)
-        # Autocast would run the products in half precision. The weights are constants here even where a caller, such as
-        # a training node, has gradients switched on.
+        # Autocast would run the products in half precision. The weights are constants here even where a
+        # caller, such as a training node, has gradients switched on.
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if kind == DIFF:
                 op, built = Diff.from_state(tensors, plain), None
@@ -175,7 +188,9 @@ class RotationPatch(WeightAdapterBase):
 
 
 class Keeper:
-    """Load callback of a patcher: keeps the batches alive, and frees built rotations once the weights are merged."""
+    """Load callback of a patcher: keeps the batches alive, and frees built rotations once the weights are
+    merged.
+    """
 
     def __init__(self, kept: Iterable[cache.Batch]):
         self.batches = tuple(kept)
@@ -191,7 +206,7 @@ def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
     stored, convert = unpatched[patch.key][0]
     if stored.is_meta or not torch.is_floating_point(stored):
         raise AdapterError(
-            "This file needs the row norms of the model's own weights, which this quantised model does not show",
+            "This file needs the row norms of the model's own weights, which this model hides",
             module=patch.module,
             found=f"a weight stored as {stored.dtype}",
             hint="Use an fp16, bf16 or fp8 version of the model.",
@@ -202,12 +217,14 @@ def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
-def make_patches(side: Side, patches: Iterable[Patch], mode: str, coft: str | float) -> tuple[list[dict], Keeper]:
-    """ComfyUI patch dictionaries for one side, {key or (key, slice): RotationPatch}, and what must live beside them.
+def make_patches(
+    side: Side, patches: Iterable[Patch], mode: str, coft: str | float
+) -> tuple[list[dict], Keeper]:
+    """ComfyUI patch dictionaries for one side, {key or (key, slice): RotationPatch}, and what must live
+    beside them.
 
-    Several dictionaries only where a file has more than one change for the same rows. The strength is not in them:
-    ComfyUI passes it to each patch, and hooks change it while sampling.
-    """
+    Several dictionaries only where a file has more than one change for the same rows. The strength is not in
+    them: ComfyUI passes it to each patch, and hooks change it while sampling."""
     patches = list(patches)
     turned = [p for p in patches if isinstance(p.op, LayerRotation)]
     placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned]), strict=True))
@@ -229,7 +246,7 @@ def make_patches(side: Side, patches: Iterable[Patch], mode: str, coft: str | fl
     return out, Keeper({batch for batch, _ in placed.values()})
 
 
-# --- applying a file -------------------------------------------------------------------------------------------------
+# --- applying a file ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -242,13 +259,14 @@ class Applied:
     warnings: tuple[str, ...]
 
 
-def apply(adapter: Adapter, model: Any | None, clip: Any | None, at_model: Strength, at_clip: Strength) -> Applied:
+def apply(
+    adapter: Adapter, model: Any | None, clip: Any | None, at_model: Strength, at_clip: Strength
+) -> Applied:
     """Patch clones of `model` and `clip` with the file, each at its own strength.
 
-    model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came, without
-    patches. Raises `ModelMismatch` if no layer of the file belongs to the given models, and `StrengthError` if the
-    mode is not defined for the file.
-    """
+    model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
+    without patches. Raises `ModelMismatch` if no layer of the file belongs to the given models, and
+    `StrengthError` if the mode is not defined for the file."""
     sides = [_model_side(model)] if model is not None else []
     if clip is not None:
         sides.append(_clip_side(clip))
@@ -272,7 +290,9 @@ def apply(adapter: Adapter, model: Any | None, clip: Any | None, at_model: Stren
         given[side.name] = _patched(side, mine, at)
 
     unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
-    report = describe(adapter, replace(binding, unmatched=unmatched), at_model if model is not None else at_clip)
+    report = describe(
+        adapter, replace(binding, unmatched=unmatched), at_model if model is not None else at_clip
+    )
     left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
     notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
     text = "\n".join([report.to_text(), *notes])
@@ -293,7 +313,8 @@ def _patched(side: Side, patches: list[Patch], at: Strength) -> Any:
         taken = set(clone.add_patches(patch_dict, at.value))
         refused = [key for key in patch_dict if key not in taken]
         if refused:
-            # The keys come from this very model's state dict, so this is a fault of a patcher that a pack has replaced.
+            # The keys come from this very model's state dict, so this is a fault of a patcher that a pack has
+            # replaced.
             raise AdapterError(
                 "The model did not accept all patches",
                 found=f"{len(refused)} refused, for instance {refused[0]}",
@@ -306,8 +327,13 @@ def _patched(side: Side, patches: list[Patch], at: Strength) -> Any:
 
 def _absent(adapter: Adapter, model: Any | None, clip: Any | None) -> dict[str, str]:
     """Components that the file has and the node was not given, with words for them."""
-    words = {c: "the text encoder (no CLIP given)" if c != "unet" else "the diffusion model (no MODEL given)" for c in map(component, adapter.entries)}
-    return {c: w for c, w in words.items() if (c == "unet" and model is None) or (c != "unet" and clip is None)}
+    words = {
+        c: "the text encoder (no CLIP given)" if c != "unet" else "the diffusion model (no MODEL given)"
+        for c in map(component, adapter.entries)
+    }
+    return {
+        c: w for c, w in words.items() if (c == "unet" and model is None) or (c != "unet" and clip is None)
+    }
 
 
 FAMILIES = {
@@ -346,7 +372,11 @@ def _bound(adapter: Adapter, index: HostIndex, absent: Mapping[str, str]) -> Bin
         # Some names are the same in several families; the sizes then are not.
         found = f"a file for {_called(made_for)}; its layer {error.module} does not fit ({error.found})"
         raise ModelMismatch(
-            "This file is for another kind of model", file=adapter.path, found=found, expected=f"a file for {_called(is_a)}", hint=hint
+            "This file is for another kind of model",
+            file=adapter.path,
+            found=found,
+            expected=f"a file for {_called(is_a)}",
+            hint=hint,
         ) from error
     if not binding.matched:
         raise ModelMismatch(

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from dev.client import Client, Graph, PromptFailed, PromptRejected
 from dev.server import ComfyServer
 from dev.workflows import Parts, stock_parts, text_to_image, tiny_parts
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 REPO = Path(__file__).resolve().parents[2]
 STRENGTHS = (-1.0, 0.5, 1.0, 1.5)
@@ -29,13 +30,13 @@ STOCK = {
 }
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def make_oft(
     shapes: dict[str, tuple[int, ...]], side: str = "out", block: int = 8, degrees: float = 25.0
 ) -> dict[str, torch.Tensor]:
-    """Random adapter tensors for modules {name in the file: weight shape}: LyCORIS (out) or OneTrainer (in)."""
+    """Random adapter tensors for modules {name: weight shape}: LyCORIS (out) or OneTrainer (in)."""
     out, size = {}, degrees / 57.3 / 2 / block**0.5
     for i, (name, shape) in enumerate(shapes.items()):
         g = torch.Generator().manual_seed(i)
@@ -46,14 +47,16 @@ def make_oft(
             out[f"{name}.oft_blocks"] = torch.randn(length // block, block, block, generator=g) * size / 2
             out[f"{name}.alpha"] = torch.tensor(0.0)
         else:
-            out[f"{name}.oft_R.weight"] = torch.randn(length // block, block * (block - 1) // 2, generator=g) * size
+            out[f"{name}.oft_R.weight"] = (
+                torch.randn(length // block, block * (block - 1) // 2, generator=g) * size
+            )
     assert out
     return out
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(path, "pt") as f:
-        return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (a file handle, not a dict)
 
 
 def unet_modules(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
@@ -71,7 +74,9 @@ def clip_l_modules(layers: int = 2) -> dict[str, tuple[int, ...]]:
 
 
 def merge(adapter: Path, base: Path, out: Path, strength: float, mode: str = "rotation") -> None:
-    """The command line, as a user would call it. fp32, because the server rotates in fp32 too and rounds once."""
+    """The command line, as a user would call it. fp32, because the server rotates in fp32 too and rounds
+    once.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "oft_core", "merge", adapter, base, "-o", out, "--strength", strength]
     command += ["--mode", mode, "--dtype", "fp32"]
@@ -95,12 +100,18 @@ def files(models: Path, oft_dir: Path) -> dict[str, str]:
     return names
 
 
-# --- graphs ----------------------------------------------------------------------------------------------------------
+# --- graphs -------------------------------------------------------------------------------------------------
 
 
 def oft_load(name: str, strength: float, **more: object):
     def add(g: Graph, parts: Parts) -> Parts:
-        inputs = {"strength_model": strength, "strength_clip": strength, "mode": "rotation", "coft": "file", **more}
+        inputs = {
+            "strength_model": strength,
+            "strength_clip": strength,
+            "mode": "rotation",
+            "coft": "file",
+            **more,
+        }
         node = g.OFT_Load(model=parts.model, clip=parts.clip, oft_name=name, **inputs)
         return Parts(node[0], node[1], parts.vae)
 
@@ -126,7 +137,7 @@ def baked_parts(name: str):
     return build
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 CASES = [("sd3", s, m) for m in MODES for s in STRENGTHS]
 CASES += [("sd15", -1.0, "rotation"), ("sd15", 1.5, "linear"), ("sd15", 0.5, "core")]
@@ -135,7 +146,13 @@ CASES += [(f, 0.5, "rotation") for f in ("sd2", "sdxl", "sd35")] + [("sd2", 1.5,
 
 @pytest.mark.parametrize(("family", "strength", "mode"), CASES)
 def test_picture_equals_that_of_a_baked_model(
-    client: Client, host: ComfyServer, models: Path, files: dict[str, str], family: str, strength: float, mode: str
+    client: Client,
+    host: ComfyServer,
+    models: Path,
+    files: dict[str, str],
+    family: str,
+    strength: float,
+    mode: str,
 ) -> None:
     base = models / f"{STOCK[family][0]}.safetensors"
     # A name of its own, because loaders are cached by name.
@@ -183,7 +200,9 @@ def test_modes_and_limits_differ(client: Client, files: dict[str, str]) -> None:
 def test_node_pairs_give_the_same_picture(client: Client, files: dict[str, str]) -> None:
     def pair(g: Graph, parts: Parts) -> Parts:
         adapter = g.OFT_LoadAdapter(oft_name=files["sd15"])
-        node = g.OFT_Apply(adapter=adapter, model=parts.model, clip=parts.clip, strength_model=0.7, strength_clip=0.7)
+        node = g.OFT_Apply(
+            adapter=adapter, model=parts.model, clip=parts.clip, strength_model=0.7, strength_clip=0.7
+        )
         return Parts(node[0], node[1], parts.vae)
 
     def model_only(g: Graph, parts: Parts) -> Parts:
@@ -197,7 +216,7 @@ def test_node_pairs_give_the_same_picture(client: Client, files: dict[str, str])
     assert (only != whole).any()
 
 
-# --- every family, by numbers ----------------------------------------------------------------------------------------
+# --- every family, by numbers -------------------------------------------------------------------------------
 
 TEXT = {
     "sd15": {"clip_l": "lora_te"},
@@ -212,8 +231,11 @@ def text_modules(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
     out = {}
     for key, shape in shapes.items():
         encoder, _, path = key.partition(".transformer.")
-        if len(shape) == 2 and path.endswith(".weight") and re.search(ATTENTION, path) and ".layers.0." in key.replace(
-            "block.0.layer.0", "layers.0"
+        if (
+            len(shape) == 2
+            and path.endswith(".weight")
+            and re.search(ATTENTION, path)
+            and ".layers.0." in key.replace("block.0.layer.0", "layers.0")
         ):
             out[f"{TEXT[family][encoder]}_{path.removesuffix('.weight').replace('.', '_')}"] = shape
     return out
@@ -224,7 +246,9 @@ def text_modules(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
 def test_weights_equal_the_merged_ones(
     client: Client, host: ComfyServer, oft_dir: Path, tmp_path: Path, family: str, side: str
 ) -> None:
-    """Model and text encoders as the server has them while it runs, against the same tensors baked by the command line."""
+    """Model and text encoders as the server has them while it runs, against the same tensors baked by the
+    command line.
+    """
 
     def weights(name: str | None) -> dict[str, dict[str, torch.Tensor]]:
         g = Graph()
@@ -236,7 +260,8 @@ def test_weights_equal_the_merged_ones(
         return {
             "model": load_file(host.output / "model_weights.safetensors"),
             "clip": {
-                k.removeprefix("clip."): v for k, v in load_file(host.output / "clip_weights.safetensors").items()
+                k.removeprefix("clip."): v
+                for k, v in load_file(host.output / "clip_weights.safetensors").items()
             },
         }
 
@@ -258,18 +283,22 @@ def test_weights_equal_the_merged_ones(
                 assert torch.equal(baked[key], base[part][key].to(baked[key].dtype)), key
                 continue
             changed += 1
-            error = (got.double() - baked[key].double()).norm() / (baked[key] - base[part][key]).double().norm()
+            error = (got.double() - baked[key].double()).norm() / (
+                baked[key] - base[part][key]
+            ).double().norm()
             assert error < (1e-5 if got.dtype == torch.float32 else 2e-2), (key, float(error))
     assert changed > len(text)
 
 
-# --- what people read ------------------------------------------------------------------------------------------------
+# --- what people read ---------------------------------------------------------------------------------------
 
 
 def loader_text(client: Client, family: str, name: str, **more: object) -> str:
     g = Graph()
     parts = tiny_parts(g, family)
-    node = g.OFT_Load(model=parts.model, clip=parts.clip, oft_name=name, strength_model=1.0, strength_clip=1.0, **more)
+    node = g.OFT_Load(
+        model=parts.model, clip=parts.clip, oft_name=name, strength_model=1.0, strength_clip=1.0, **more
+    )
     show = g.PreviewAny(source=node[2])
     g.Tiny_SaveWeights(pattern="norm", filename="unused", model=node[0])
     result = client.run(g)
@@ -285,8 +314,13 @@ def test_report_stands_in_the_node(client: Client, oft_dir: Path, files: dict[st
     assert "WARNING" not in text
 
 
-def test_partly_matched_is_a_warning(client: Client, host: ComfyServer, oft_dir: Path, files: dict[str, str]) -> None:
-    modules = {"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (64, 64), "lora_unet_elsewhere": (64, 64)}
+def test_partly_matched_is_a_warning(
+    client: Client, host: ComfyServer, oft_dir: Path, files: dict[str, str]
+) -> None:
+    modules = {
+        "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (64, 64),
+        "lora_unet_elsewhere": (64, 64),
+    }
     save_file(make_oft(modules), oft_dir / "http" / "part.safetensors")
     text = loader_text(client, "sd15", "http/part.safetensors")
     assert "WARNING" in text and "lora_unet_elsewhere" in text and "1 of 2" in text
@@ -301,12 +335,14 @@ def test_files_of_all_folders_are_offered(client: Client, host: ComfyServer, oft
     (oft_dir / "pickle.pt").write_bytes(b"")
     for node in ("OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter"):
         offered = client.choices(node, "oft_name")
-        assert {"from_loras.safetensors", "sub/from_oft.safetensors"} <= {o.replace("\\", "/") for o in offered}
+        assert {"from_loras.safetensors", "sub/from_oft.safetensors"} <= {
+            o.replace("\\", "/") for o in offered
+        }
         assert "pickle.pt" not in offered
     assert "LyCORIS" in loader_text(client, "sd15", "from_loras.safetensors")
 
 
-# --- bad files -------------------------------------------------------------------------------------------------------
+# --- bad files ----------------------------------------------------------------------------------------------
 
 LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
 
@@ -317,7 +353,9 @@ def bad_truncated(path: Path) -> None:
 
 
 def bad_lora(path: Path) -> None:
-    save_file({f"{LAYER}.lora_down.weight": torch.zeros(4, 64), f"{LAYER}.lora_up.weight": torch.zeros(64, 4)}, path)
+    save_file(
+        {f"{LAYER}.lora_down.weight": torch.zeros(4, 64), f"{LAYER}.lora_up.weight": torch.zeros(64, 4)}, path
+    )
 
 
 def bad_nan(path: Path) -> None:

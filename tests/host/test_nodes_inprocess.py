@@ -1,4 +1,5 @@
-"""The patching inside a real ComfyUI process: every load path, neighbours, cache, errors (tests/host/scripts/inprocess.py).
+"""The patching inside a real ComfyUI process: every load path, neighbours, cache, errors
+(tests/host/scripts/inprocess.py).
 
 One process runs all checks, so that ComfyUI is imported once, and with this repository off its import path.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "scripts" / "inprocess.py"
-CHECKS = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text("utf-8"), re.M)
+CHECKS = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text("utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,12 @@ def outcome(host_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     env.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(host_dir), str(work)],
-        cwd=work, env=env, capture_output=True, text=True, timeout=600, check=False,
+        cwd=work,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"check"')]
     found = {one["check"]: one for one in map(json.loads, lines)}

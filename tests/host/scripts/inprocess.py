@@ -2,8 +2,8 @@
 
 usage: python inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
 
-Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}. `python inprocess.py --list` names them.
-"""
+Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}. `python inprocess.py --list`
+names them."""
 
 from __future__ import annotations
 
@@ -61,11 +61,18 @@ if "comfyui_oft" in sys.modules:
     import folder_paths
     import torch
     from comfyui_oft.nodes import cache, compat, folders, host, load
-    from comfyui_oft.oft_core import AdapterError, ModelMismatch, ReadOptions, Strength, StrengthError, read_tensors
+    from comfyui_oft.oft_core import (
+        AdapterError,
+        ModelMismatch,
+        ReadOptions,
+        Strength,
+        StrengthError,
+        read_tensors,
+    )
     from safetensors.torch import save_file
 
 
-# --- helpers ---------------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------
 
 
 def generator(seed):
@@ -76,8 +83,12 @@ def weight_names(patcher, want):
     """Two- and four-dimensional weights of the diffusion model whose name holds one of `want`."""
     sd = patcher.model.state_dict()
     return [
-        k for k, v in sd.items()
-        if k.startswith("diffusion_model.") and k.endswith(".weight") and v.ndim in (2, 4) and any(w in k for w in want)
+        k
+        for k, v in sd.items()
+        if k.startswith("diffusion_model.")
+        and k.endswith(".weight")
+        and v.ndim in (2, 4)
+        and any(w in k for w in want)
     ]
 
 
@@ -97,7 +108,9 @@ def input_oft(shapes, seed=0, block=8, std=0.02, name=lambda k: "lora_unet_" + k
     for key, shape in shapes.items():
         n = math.prod(shape[1:])
         if n % block == 0:
-            out[name(key) + ".oft_R.weight"] = torch.randn(n // block, block * (block - 1) // 2, generator=g) * std
+            out[name(key) + ".oft_R.weight"] = (
+                torch.randn(n // block, block * (block - 1) // 2, generator=g) * std
+            )
     return out
 
 
@@ -192,7 +205,7 @@ def write(folder, name, tensors, metadata=None):
     return path
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 @check
@@ -347,10 +360,14 @@ def hooks():
             frames.add(comfy.hooks.HookKeyframe(strength=keyframe))
             group.set_keyframes_on_hooks(frames)
         patcher = model.clone()
-        patcher.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+        patcher.register_all_hook_patches(
+            group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        )
         patcher.patch_model(torch.device("cpu"))
         if keyframe is not None:
-            group.hooks[0].hook_keyframe.prepare_current_keyframe(10.0, {"sample_sigmas": torch.tensor([10.0, 0.0])})
+            group.hooks[0].hook_keyframe.prepare_current_keyframe(
+                10.0, {"sample_sigmas": torch.tensor([10.0, 0.0])}
+            )
         patcher.apply_hooks(group, force_apply=True)
         got = state(patcher)
         patcher.unpatch_hooks()
@@ -441,7 +458,7 @@ def merged_models():
         close(got[key], 0.5 * base[key] + 0.5 * turned[key], 1e-6)
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 @check
@@ -483,12 +500,24 @@ def swapped_halves():
 
 @check
 def function_of_the_host_is_honoured():
-    weight, blocks = torch.randn(64, 16, generator=generator(0)), torch.randn(8, 8, 8, generator=generator(1)) * 0.1
-    op = next(iter(read_tensors({"x.oft_blocks": blocks, "x.alpha": torch.tensor(0.0)}, {}, name="t")
-                   .bind(host.HostIndex({"x.weight": (64, 16)}, {"x": host.Target("x.weight")})).patches))
-    patch = host.RotationPatch({"x"}, ((op.op.to_state()[0], None), op.op.to_state()[1],
-                                       (host.ROTATION, 0, 0, "rotation", "file", False)))
-    got = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, comfy.utils.swap_scale_shift)], weight.clone(), "x")
+    weight, blocks = (
+        torch.randn(64, 16, generator=generator(0)),
+        torch.randn(8, 8, 8, generator=generator(1)) * 0.1,
+    )
+    op = next(
+        iter(
+            read_tensors({"x.oft_blocks": blocks, "x.alpha": torch.tensor(0.0)}, {}, name="t")
+            .bind(host.HostIndex({"x.weight": (64, 16)}, {"x": host.Target("x.weight")}))
+            .patches
+        )
+    )
+    patch = host.RotationPatch(
+        {"x"},
+        ((op.op.to_state()[0], None), op.op.to_state()[1], (host.ROTATION, 0, 0, "rotation", "file", False)),
+    )
+    got = comfy.lora.calculate_weight(
+        [(1.0, patch, 1.0, None, comfy.utils.swap_scale_shift)], weight.clone(), "x"
+    )
     swap = comfy.utils.swap_scale_shift
     close(got, swap(rotated_out(swap(weight), blocks)), 2e-6)
     plain = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], weight.clone(), "x")
@@ -497,46 +526,54 @@ def function_of_the_host_is_honoured():
 
 @check
 def text_encoders_of_every_family():
-    names = {
-        "sd15": {"lora_te_text_model_encoder_layers_0_self_attn_q_proj": "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"},
-        "sd2": {"lora_te_text_model_encoder_layers_0_mlp_fc1": "clip_h.transformer.text_model.encoder.layers.0.mlp.fc1"},
+    families_of = {
+        "sd15": {"lora_te": ("clip_l", "0.self_attn.q_proj")},
+        "sd2": {"lora_te": ("clip_h", "0.mlp.fc1")},
         "sdxl": {
-            "lora_te1_text_model_encoder_layers_1_self_attn_k_proj": "clip_l.transformer.text_model.encoder.layers.1.self_attn.k_proj",
-            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj": "clip_g.transformer.text_model.encoder.layers.1.self_attn.out_proj",
+            "lora_te1": ("clip_l", "1.self_attn.k_proj"),
+            "lora_te2": ("clip_g", "1.self_attn.out_proj"),
         },
         "sd3": {
-            "lora_te1_text_model_encoder_layers_0_mlp_fc2": "clip_l.transformer.text_model.encoder.layers.0.mlp.fc2",
-            "lora_te2_text_model_encoder_layers_0_mlp_fc2": "clip_g.transformer.text_model.encoder.layers.0.mlp.fc2",
-            "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+            "lora_te1": ("clip_l", "0.mlp.fc2"),
+            "lora_te2": ("clip_g", "0.mlp.fc2"),
+            "lora_te3": ("t5xxl", "0.layer.0.SelfAttention.q"),
         },
         "flux": {
-            "lora_te1_text_model_encoder_layers_0_self_attn_v_proj": "clip_l.transformer.text_model.encoder.layers.0.self_attn.v_proj",
-            "lora_te2_encoder_block_0_layer_0_SelfAttention_o": "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.o",
+            "lora_te1": ("clip_l", "0.self_attn.v_proj"),
+            "lora_te2": ("t5xxl", "0.layer.0.SelfAttention.o"),
         },
     }
-    for family, wanted in names.items():
+    stems = {"clip": "text_model.encoder.layers.", "t5xx": "encoder.block."}
+    for family, wanted in families_of.items():
+        names = {}
+        for prefix, (encoder, rest) in wanted.items():
+            path = stems[encoder[:4]] + rest
+            names[f"{prefix}_{path.replace('.', '_')}"] = f"{encoder}.transformer.{path}"
         model, clip = families.make_model(family), families.make_clip(family)
         management.unload_all_models()  # ComfyUI loads new text encoders at once
         base = {k: v.detach().clone() for k, v in clip.cond_stage_model.state_dict().items()}
         tensors, blocks = {}, {}
-        for i, (name, key) in enumerate(wanted.items()):
+        for i, (name, key) in enumerate(names.items()):
             blocks[key] = torch.randn(base[key + ".weight"].shape[0] // 8, 8, 8, generator=generator(i)) * 0.1
             tensors |= {f"{name}.oft_blocks": blocks[key], f"{name}.alpha": torch.tensor(0.0)}
         adapter = read_tensors(tensors, {}, name="test")
         done = applied(adapter, model, clip=clip)
         assert not done.model.patches and done.clip.cond_stage_model is clip.cond_stage_model, family
-        assert set(done.clip.patcher.patches) == {k + ".weight" for k in blocks}, (family, list(done.clip.patcher.patches))
+        assert set(done.clip.patcher.patches) == {k + ".weight" for k in blocks}, (
+            family,
+            list(done.clip.patcher.patches),
+        )
         patched = loaded(done.clip.patcher)
-        for key in base:
+        for key, before in base.items():
             if key[:-7] in blocks:
-                expected = rotated_out(base[key], blocks[key[:-7]])
+                expected = rotated_out(before, blocks[key[:-7]])
                 worst = float((patched[key].double() - expected).norm() / expected.norm())
                 assert worst < 1e-3, (family, key, worst)
             else:
-                assert torch.equal(patched[key], base[key]), (family, key)
+                assert torch.equal(patched[key], before), (family, key)
 
 
-# --- special contents ------------------------------------------------------------------------------------------------
+# --- special contents ---------------------------------------------------------------------------------------
 
 
 @check
@@ -548,7 +585,9 @@ def strength_zero_is_the_base():
     patch = next(iter(applied(adapter_for(model), model, 1.0).model.patches.values()))[0][1]
     weight = torch.randn(32, 32, generator=generator(0))
     kept = weight.clone()
-    assert patch.calculate_weight(weight, "k", 0.0, 1.0, None, lambda a: a) is weight and torch.equal(weight, kept)
+    assert patch.calculate_weight(weight, "k", 0.0, 1.0, None, lambda a: a) is weight and torch.equal(
+        weight, kept
+    )
 
 
 @check
@@ -580,10 +619,15 @@ def additive_parts():
     key = weight_names(model, ("ff.net.2",))[0]
     norm = next(k for k in sd if k.endswith("norm1.weight"))
     blocks = torch.randn(sd[key].shape[0] // 8, 8, 8, generator=generator(0)) * 0.01
-    bias, diff = torch.randn(sd[key].shape[0], generator=generator(1)), torch.randn(sd[norm].shape, generator=generator(2))
+    bias, diff = (
+        torch.randn(sd[key].shape[0], generator=generator(1)),
+        torch.randn(sd[norm].shape, generator=generator(2)),
+    )
     stem = key[: -len(".weight")]
     tensors = {
-        f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(1.0), f"{stem}.diff_b": bias,
+        f"{stem}.oft_blocks": blocks,
+        f"{stem}.alpha": torch.tensor(1.0),
+        f"{stem}.diff_b": bias,
         f"{norm[: -len('.weight')]}.diff": diff,
     }
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
@@ -601,6 +645,7 @@ def additive_parts():
 @check
 def rebuilt_patch_objects():
     """Later hosts rebuild the object from (loaded_keys, moved weights); nothing else may matter."""
+
     def moved(x):
         if isinstance(x, torch.Tensor):
             return x.clone()
@@ -635,7 +680,9 @@ def hooks_may_pass_a_dict():
     full = loaded(patched)
     key = next(iter(patched.patches))
     weight = model.model.state_dict()[key].clone()
-    got = comfy.lora.calculate_weight(patched.patches[key], weight, key, original_weights={key: [(weight, None)]})
+    got = comfy.lora.calculate_weight(
+        patched.patches[key], weight, key, original_weights={key: [(weight, None)]}
+    )
     assert torch.equal(got, full[key])
 
 
@@ -655,7 +702,7 @@ def no_graph_breaking_reads():
     patched.unpatch_model(torch.device("cpu"))
 
 
-# --- built rotations -------------------------------------------------------------------------------------------------
+# --- built rotations ----------------------------------------------------------------------------------------
 
 
 @check
@@ -712,12 +759,16 @@ def threads_share_the_cache():
     cache.release({p[0][1].weights[2][1] for p in patched.patches.values()})
 
 
-# --- nodes and errors ------------------------------------------------------------------------------------------------
+# --- nodes and errors ---------------------------------------------------------------------------------------
 
 
 def run_node(node, **inputs):
     with torch.inference_mode():
-        return node.EXECUTE_NORMALIZED(**inputs) if hasattr(node, "EXECUTE_NORMALIZED") else node.execute(**inputs)
+        return (
+            node.EXECUTE_NORMALIZED(**inputs)
+            if hasattr(node, "EXECUTE_NORMALIZED")
+            else node.execute(**inputs)
+        )
 
 
 @check
@@ -727,7 +778,10 @@ def entry_point_and_schemas():
     extension = asyncio.run(comfyui_oft.comfy_entrypoint())
     nodes = {n.GET_SCHEMA().node_id: n for n in asyncio.run(extension.get_node_list())}
     assert list(nodes) == ["OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter", "OFT_Apply"]
-    translations = {lang: json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8")) for lang in ("en", "zh")}
+    translations = {
+        lang: json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8"))
+        for lang in ("en", "zh")
+    }
     for name, node in nodes.items():
         schema = node.GET_SCHEMA()
         node.GET_NODE_INFO_V1()
@@ -742,8 +796,13 @@ def entry_point_and_schemas():
             for n, o in enumerate(schema.outputs):
                 assert o.tooltip and said["outputs"][str(n)]["tooltip"], (lang, name, n)
                 assert lang != "en" or said["outputs"][str(n)]["tooltip"] == o.tooltip, (name, n)
-            assert lang != "en" or (said["display_name"], said["description"]) == (schema.display_name, schema.description)
-        assert (REPO / "web" / "docs" / f"{name}.md").is_file() and (REPO / "web" / "docs" / name / "zh.md").is_file()
+            assert lang != "en" or (said["display_name"], said["description"]) == (
+                schema.display_name,
+                schema.description,
+            )
+        assert (REPO / "web" / "docs" / f"{name}.md").is_file() and (
+            REPO / "web" / "docs" / name / "zh.md"
+        ).is_file()
     mode = next(i for i in nodes["OFT_Load"].GET_SCHEMA().inputs if i.id == "mode")
     assert "core" in mode.options and "ComfyUI's own" in mode.tooltip
 
@@ -776,7 +835,10 @@ def folders_are_merged():
     folders.register()
     paths, extensions = folder_paths.folder_names_and_paths["oft"]
     assert paths[0] == str(extra) and len(paths) == len(set(paths)) and extensions == {".safetensors"}
-    assert str(Path(folder_paths.models_dir) / "oft") in paths and folder_paths.get_folder_paths("loras")[0] in paths
+    assert (
+        str(Path(folder_paths.models_dir) / "oft") in paths
+        and folder_paths.get_folder_paths("loras")[0] in paths
+    )
     tensors = {"lora_unet_x.oft_blocks": torch.zeros(2, 4, 4), "lora_unet_x.alpha": torch.tensor(0.0)}
     write("loras", "in_loras.safetensors", tensors)
     write("oft/sub", "in_oft.safetensors", tensors)
@@ -784,13 +846,17 @@ def folders_are_merged():
     (Path(folder_paths.models_dir) / "loras" / "pickle.pt").write_bytes(b"x")
     folder_paths.filename_list_cache.clear()
     listed = folders.names()
-    assert {"in_loras.safetensors", str(Path("sub") / "in_oft.safetensors"), "in_extra.safetensors"} <= set(listed)
+    assert {"in_loras.safetensors", str(Path("sub") / "in_oft.safetensors"), "in_extra.safetensors"} <= set(
+        listed
+    )
     assert "pickle.pt" not in listed
     assert folders.find("../../outside.safetensors") is None
     check_file = load.OFTLoad.validate_inputs
     assert check_file("in_oft.safetensors") is not True and check_file("in_loras.safetensors") is True
     assert check_file(None) is True and check_file("in_loras.safetensors", "linear", "12.5") is True
-    assert "mode" in check_file("in_loras.safetensors", "cubic") and "coft" in check_file("in_loras.safetensors", "core", "many")
+    assert "mode" in check_file("in_loras.safetensors", "cubic") and "coft" in check_file(
+        "in_loras.safetensors", "core", "many"
+    )
 
 
 @check
@@ -811,11 +877,25 @@ def files_are_read_once():
 def nodes_run():
     folders.register()
     model, clip = families.make_model("sd15"), families.make_clip("sd15")
-    te = {f"lora_te_text_model_encoder_layers_0_self_attn_{p}.oft_blocks": torch.randn(96, 8, 8, generator=generator(i)) * 0.1
-          for i, p in enumerate(("q_proj", "k_proj"))}
+    te = {
+        f"lora_te_text_model_encoder_layers_0_self_attn_{p}.oft_blocks": torch.randn(
+            96, 8, 8, generator=generator(i)
+        )
+        * 0.1
+        for i, p in enumerate(("q_proj", "k_proj"))
+    }
     write("oft", "both.safetensors", {**diag_oft(shapes_of(model, ATTENTION)), **te})
-    out = run_node(load.OFTLoad, model=model, clip=clip, oft_name="both.safetensors", strength_model=0.8, strength_clip=0.0)
-    assert out.args[0].patches and not out.args[1].patcher.patches and out.ui.as_dict()["text"][0] == out.args[2]
+    out = run_node(
+        load.OFTLoad,
+        model=model,
+        clip=clip,
+        oft_name="both.safetensors",
+        strength_model=0.8,
+        strength_clip=0.0,
+    )
+    assert (
+        out.args[0].patches and not out.args[1].patcher.patches and out.ui.as_dict()["text"][0] == out.args[2]
+    )
     assert not model.patches
     only = run_node(load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=0.8)
     same(loaded(only.args[0]), loaded(out.args[0]), "model only")
@@ -824,12 +904,24 @@ def nodes_run():
     same(loaded(again.args[0]), loaded(out.args[0]), "apply")
     text = run_node(load.OFTApply, adapter=read.args[0], clip=clip, strength_model=0.8, strength_clip=1.0)
     assert text.args[0] is None and len(text.args[1].patcher.patches) == 2
-    limited = run_node(load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=4.0, coft="limit", coft_degrees=1.0)
+    limited = run_node(
+        load.OFTLoadModelOnly,
+        model=model,
+        oft_name="both.safetensors",
+        strength_model=4.0,
+        coft="limit",
+        coft_degrees=1.0,
+    )
     key = next(iter(limited.args[0].patches))
     base, got = state(model)[key], loaded(limited.args[0])[key]
     assert 0 < float((got - base).norm() / base.norm()) <= 2 * math.sin(math.radians(0.5)) + 1e-4
     for value in (float("nan"), float("inf")):
-        raises(StrengthError, lambda value=value: run_node(load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=value))
+        raises(
+            StrengthError,
+            lambda value=value: run_node(
+                load.OFTLoadModelOnly, model=model, oft_name="both.safetensors", strength_model=value
+            ),
+        )
 
 
 @check
@@ -842,7 +934,11 @@ def bad_files():
     path.write_bytes(path.read_bytes()[:-1000])
     write("oft", "nan.safetensors", {**good, name: torch.full_like(good[name], float("nan"))})
     stem = name.removesuffix(".oft_blocks")
-    write("oft", "lora.safetensors", {f"{stem}.lora_down.weight": torch.zeros(4, 32), f"{stem}.lora_up.weight": torch.zeros(32, 4)})
+    write(
+        "oft",
+        "lora.safetensors",
+        {f"{stem}.lora_down.weight": torch.zeros(4, 32), f"{stem}.lora_up.weight": torch.zeros(32, 4)},
+    )
     flux = {"lora_unet_double_blocks_0_img_attn_qkv.oft_blocks": torch.zeros(64, 144, 144)}
     write("oft", "flux.safetensors", flux)
     write("oft", "wide.safetensors", {name: torch.zeros(40, 8, 8), f"{stem}.alpha": torch.tensor(0.0)})
@@ -850,8 +946,10 @@ def bad_files():
     folder_paths.filename_list_cache.clear()
     said = {}
     for bad in ("cut", "nan", "lora", "flux", "wide", "empty"):
+
         def run(bad=bad):
             run_node(load.OFTLoadModelOnly, model=model, oft_name=f"{bad}.safetensors", strength_model=1.0)
+
         said[bad] = raises(AdapterError, run)
         assert f"{bad}.safetensors" in said[bad], said[bad]
     assert "lora" in said["lora"].lower() and "nan" in said["nan"].lower()
@@ -868,8 +966,15 @@ def only_a_part_matches():
     tensors["lora_unet_no_such_layer.oft_blocks"] = torch.randn(4, 8, 8, generator=generator(0))
     done = applied(read_tensors(tensors, {}, name="part"), model)
     assert len(done.model.patches) == count and done.warnings and "no_such_layer" in done.report, done.report
-    te = {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.oft_blocks": torch.randn(96, 8, 8, generator=generator(1)) * 0.1}
-    both = applied(read_tensors({**diag_oft(shapes_of(model, ("attn1.to_q",))), **te}, {}, name="both"), model)
+    te = {
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.oft_blocks": torch.randn(
+            96, 8, 8, generator=generator(1)
+        )
+        * 0.1
+    }
+    both = applied(
+        read_tensors({**diag_oft(shapes_of(model, ("attn1.to_q",))), **te}, {}, name="both"), model
+    )
     assert not both.warnings and "text encoder" in both.report, both.report
     text_only = read_tensors(te, {}, name="text.safetensors")
     assert applied(text_only, model, clip=clip).clip.patcher.patches
