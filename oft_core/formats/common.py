@@ -120,8 +120,8 @@ class Module:
     def blocks(self, suffix: str, ndim: int = 3) -> Tensor:
         """Square blocks (..., b, b) in float32. Raises ShapeError if they are not square or of another rank."""
         t = self.get(suffix)
-        if t.ndim != ndim or t.shape[-1] != t.shape[-2] or t.shape[-1] < 2 or t.numel() == 0:
-            raise self.shape_error(f"'{suffix}' must hold square blocks", tuple(t.shape), "(" + "n, " * (ndim - 2) + "b, b), b >= 2")
+        if t.ndim != ndim or t.shape[-1] != t.shape[-2] or t.numel() == 0:
+            raise self.shape_error(f"'{suffix}' must hold square blocks", tuple(t.shape), "(" + "n, " * (ndim - 2) + "b, b)")
         return t
 
     def packed(self, suffix: str) -> tuple[Tensor, int]:

@@ -16,7 +16,7 @@ def read_f15(module: Module) -> Maker:
     share = a.ndim == 2
     if share:
         a = a.unsqueeze(0)
-    if a.ndim != 3 or a.shape[-1] != a.shape[-2] or a.shape[-1] < 2:
+    if a.ndim != 3 or a.shape[-1] != a.shape[-2] or a.numel() == 0:
         raise module.shape_error("'R' must hold square blocks", tuple(a.shape), "(r, b, b) or (b, b)")
     stored, b = a.shape[0], a.shape[-1]
     packed = -skew_pack(a, half=True).unsqueeze(0)

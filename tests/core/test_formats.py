@@ -360,7 +360,7 @@ def test_pickles_only_on_request_and_never_code(tmp_path: Path) -> None:
 
     good, bad = tmp_path / "good.bin", tmp_path / "bad.bin"
     torch.save(SAMPLES["F15"][0], good)
-    bad.write_bytes(pickle.dumps({"a": Harm()}))
+    bad.write_bytes(pickle.dumps({"a": Harm()}, protocol=2))
     with pytest.raises(FileError, match="pickle"):
         load_adapter(good)
     assert load_adapter(good, ReadOptions(allow_pickle=True)).dialect == "F15"
