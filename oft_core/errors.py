@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def printable(value: object, limit: int = 300) -> str:
+    """Text from a file, safe to show: control characters replaced, overlong text cut. Names and metadata are not to be trusted."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 class AdapterError(Exception):
     """Base of all errors of this library.
 
@@ -34,13 +40,13 @@ class AdapterError(Exception):
     def __str__(self) -> str:
         parts = [self.message.rstrip(".")]
         if self.file:
-            parts.append(f"file: {self.file}")
+            parts.append(f"file: {printable(self.file, 1000)}")
         if self.module:
-            parts.append(f"module: {self.module}")
+            parts.append(f"module: {printable(self.module)}")
         if self.found is not None:
-            parts.append(f"found: {self.found}")
+            parts.append(f"found: {printable(self.found, 600)}")
         if self.expected is not None:
-            parts.append(f"expected: {self.expected}")
+            parts.append(f"expected: {printable(self.expected)}")
         text = "; ".join(parts) + "."
         return f"{text} {self.hint}" if self.hint else text
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter import Adapter, Binding, Patch
@@ -51,25 +52,22 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, s
     path = Path(path)
     if not path.is_file():
         raise FileError("There is no such file", file=path)
-    size = path.stat().st_size
     try:
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"header length {length} in a file of {size} bytes")
-            header = json.loads(f.read(length))
-        metadata = header.pop("__metadata__", None) or {}
-        start = 8 + length
-        stored = {
-            k: Stored(v["dtype"], tuple(v["shape"]), start + v["data_offsets"][0], start + v["data_offsets"][1])
-            for k, v in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FileError("The file is damaged or not a safetensors file", file=path, found=str(error)) from error
-    end = max((s.end for s in stored.values()), default=start)
-    if end > size:
-        raise FileError("The file is truncated", file=path, found=f"{size} bytes", expected=f"{end} bytes")
-    return dict(sorted(stored.items(), key=lambda item: item[1].begin)), {str(k): str(v) for k, v in metadata.items()}
+        with safe_open(path, "pt"):  # the library checks the header, every offset and the file's size
+            pass
+    except SafetensorError as error:
+        found = f"{path.stat().st_size} bytes ({error})"
+        raise FileError("The file is damaged, truncated or not a safetensors file", file=path, found=found) from error
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    start = 8 + length
+    stored = {
+        k: Stored(v["dtype"], tuple(v["shape"]), start + v["data_offsets"][0], start + v["data_offsets"][1])
+        for k, v in header.items()
+    }
+    return dict(sorted(stored.items(), key=lambda item: item[1].begin)), metadata
 
 
 def merge_file(

@@ -11,6 +11,7 @@ import torch
 
 from .adapter import Adapter, Binding
 from .constraint import Strength
+from .errors import printable
 from .formats import DIALECTS
 from .layer import Diff, LayerRotation
 from .names import guess_family
@@ -105,7 +106,7 @@ class Report:
             lines.append("Trigger: " + ", ".join(self.trigger_words))
         lines += [f"Note: {n}" for n in self.notes]
         lines += [f"WARNING: {w}" for w in self.warnings]
-        return "\n".join(lines)
+        return "\n".join(printable(line, 1000) for line in lines)
 
 
 def describe(adapter: Adapter, binding: Binding | None = None, strength: Strength | None = None) -> Report:
@@ -145,7 +146,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses else None,
         limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
         base_model=_base_model(adapter), trigger_words=_triggers(adapter),
-        metadata={k: adapter.metadata[k][:300] for k in _SHOWN_METADATA if adapter.metadata.get(k)},
+        metadata={k: printable(adapter.metadata[k]) for k in _SHOWN_METADATA if adapter.metadata.get(k)},
         strength=None if strength is None else {"value": strength.value, "mode": strength.mode, "coft": strength.coft},
         notes=list(adapter.notes), warnings=warnings,
     )
@@ -224,7 +225,7 @@ def _triggers(adapter: Adapter) -> list[str]:
     """Trigger words that the trainer wrote down, else the commonest tags of the training captions."""
     found = [adapter.metadata[k].strip() for k in _TRIGGER_KEYS if adapter.metadata.get(k, "").strip()]
     if found:
-        return [t[:200] for t in found]
+        return [printable(t, 200) for t in found]
     try:
         folders = json.loads(adapter.metadata.get("ss_tag_frequency", "{}"))
     except json.JSONDecodeError:
@@ -233,4 +234,4 @@ def _triggers(adapter: Adapter) -> list[str]:
     for tags in folders.values() if isinstance(folders, dict) else ():
         if isinstance(tags, dict):
             counts.update({str(t).strip(): int(n) for t, n in tags.items() if isinstance(n, (int, float))})
-    return [t[:100] for t, _ in counts.most_common(5) if t]
+    return [printable(t, 100) for t, _ in counts.most_common(5) if t]

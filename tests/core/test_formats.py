@@ -439,3 +439,13 @@ def test_report_counts_limits_and_angles() -> None:
     assert report.max_angle == pytest.approx(top, rel=1e-4)
     assert report.orthogonality_error < 1e-6 and report.side == "output" and report.block_sizes == {6: 1}
     assert report.trigger_words[0] == "sks dog" and "sd_v1" in report.base_model
+
+
+def test_hostile_names_and_metadata_are_shown_harmlessly() -> None:
+    name = "lora_unet_" + "\x1b[31m" + "x" * 5000
+    adapter = read_tensors({f"{name}.oft_blocks": BLOCKS}, {"modelspec.trigger_phrase": "a\x07\nb" + "y" * 9000})
+    text = describe(adapter, adapter.bind(NameIndex({f"{Q}.weight": W.shape}), strict=False), Strength()).to_text()
+    with pytest.raises(ModelMismatch) as error:
+        adapter.bind(NameIndex({f"{Q}.weight": W.shape}))
+    for shown in (text, str(error.value)):
+        assert len(shown) < 4000 and all(c.isprintable() or c == "\n" for c in shown)
