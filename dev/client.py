@@ -19,6 +19,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,11 +186,13 @@ class Client:
     def run(self, graph: Graph | Mapping[str, dict], *, timeout: float = 120.0, check: bool = True) -> Result:
         """Queue a graph and follow it to its end.
 
-        Raises PromptRejected, TimeoutError, and (with `check`) PromptFailed; without `check` the failure is
-        ``result.error``.
+        Raises PromptRejected, TimeoutError, and (with `check`) PromptFailed; without `check` that one is put
+        into ``result.error``.
         """
         prompt = graph.prompt() if isinstance(graph, Graph) else dict(graph)
-        result = asyncio.run(asyncio.wait_for(self._run(prompt), timeout))
+        # In a thread of its own, because the caller's thread may have an event loop (a browser driver's).
+        with ThreadPoolExecutor(1) as worker:
+            result = worker.submit(asyncio.run, asyncio.wait_for(self._run(prompt), timeout)).result()
         if check and result.error:
             raise result.error
         return result

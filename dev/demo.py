@@ -136,9 +136,7 @@ def main() -> int:
             run_demo(server, options.models_dir, options.out or work / "demo.png")
             if options.serve:
                 print(f"\nOpen {server.url} - Ctrl-C ends it.")
-                print(
-                    "Example graphs: Workflow > Browse Templates > comfyui-oft; or double-click and type 'oft'."
-                )
+                print("Example graphs: Templates > comfyui-oft. Or double-click the canvas and type 'oft'.")
                 print("The tiny model is random, so its pictures are patterns; put real models into")
                 print(f"{server.models} to see more.", flush=True)
                 server.wait()

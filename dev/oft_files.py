@@ -51,8 +51,8 @@ def write_random_oft(
                 continue
             key = _PARTS[prefix] + module.replace(".", "_")
             generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) & 0x7FFFFFFF)
-            # A random skew matrix with entries of deviation d has eigenvalues up to about 2 d sqrt(b); the Cayley
-            # transform turns an eigenvalue q into the angle 2 atan(q); and d is sqrt(2) times that of the blocks.
+            # A random skew matrix with entries of deviation d has eigenvalues up to about 2 d sqrt(b); the
+            # Cayley transform turns an eigenvalue q into the angle 2 atan(q); d is sqrt(2) times the blocks'.
             deviation = math.tan(math.radians(degrees) / 2) / (2 * math.sqrt(2 * block_size))
             shape = (rows[0] // block_size, block_size, block_size)
             blocks[f"{key}.oft_blocks"] = torch.randn(shape, generator=generator) * deviation

@@ -17,10 +17,13 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
 
 
 def run_tests(host, pytest_args: list[str]) -> int:
     """Ruff, then pytest over tests/. Returns the exit status; pytest's summary is the last thing printed."""
+    from dev.page import find_browser, install_browser
+
     print("Checking the code with ruff ...", flush=True)
     ruff = subprocess.call(
         [str(host.python), "-m", "ruff", "check", "--output-format=concise", "."], cwd=REPO
@@ -33,6 +36,9 @@ def run_tests(host, pytest_args: list[str]) -> int:
         "HF_HUB_OFFLINE": "1",
     }
     env.pop("PYTHONPATH", None)
+    if env.get("CI") and not find_browser():
+        print("Installing Chromium for the page tests ...", flush=True)
+        install_browser(host.logs / "chromium.log")
     if ruff:
         env["OFT_RUFF_FAILED"] = "1"  # tests/conftest.py repeats it at the end, where it is seen
     command = [str(host.python), "-m", "pytest", "-c", "tests/pytest.ini"]
@@ -56,7 +62,6 @@ def main(argv: list[str]) -> int:
     demo.add_argument("--out", type=Path, help="where to put the sheet (default: in the cache folder)")
     options = parser.parse_args(argv)
 
-    sys.path.insert(0, str(REPO))
     from dev.host import Host, InstallError, cache_dir, ensure_models
 
     try:
