@@ -25,6 +25,20 @@ class Target:
 
 Targets = tuple[Target, ...]
 
+
+@dataclass(frozen=True)
+class Spelling:
+    """What one weight is called: for writing files.
+
+    part: "unet", "te1", "te2" or "te3".   path: the model's own dotted path, without prefix.
+    others: its names in the other layout, each with the rows (start, length) that it is of the weight, None for all, and whether
+    the halves of the rows are exchanged; several names where that layout keeps the parts of a fused matrix apart, () if none.
+    """
+
+    part: str
+    path: str
+    others: tuple[tuple[str, tuple[int, int] | None, bool], ...]
+
 # Who may use a name, best first. A lower rank never replaces a better one.
 _OWN, _FULL, _OTHER_LAYOUT, _PARAMETER = range(4)
 
@@ -44,6 +58,7 @@ class NameIndex:
     def __init__(self, shapes: Mapping[str, Sequence[int]]):
         self.shapes = shapes
         self._exact: dict[str, Targets] = {}
+        self._spellings: dict[str, Spelling] = {}
         self._tables: dict[str, dict[str, tuple[int, Targets]]] = {part: {} for part in PARTS}
         base = BaseNames(shapes)
         keys: dict[str, dict[str, str]] = {part: {} for part in PARTS}
@@ -60,9 +75,15 @@ class NameIndex:
             if not path.endswith(".bias"):
                 keys[part].setdefault(_module(path), key)
         for part, found in keys.items():
+            others: dict[str, list] = {}
             for alias in other_names({path: shapes[key] for path, key in found.items()}):
                 targets = tuple(Target(found[path], rows, alias.swap) for path, rows in alias.parts)
+                path = alias.parts[0][0]
+                if len(targets) == 1 and not alias.name.startswith(path):  # not one of the file-only names of parts
+                    others.setdefault(path, []).append((alias.name, targets[0].rows, alias.swap))
                 self._add(part, alias.name, targets, _OTHER_LAYOUT)
+            for path, key in found.items():
+                self._spellings[key] = Spelling(part, path, tuple(others.get(path, ())))
         self.family: str = family_of_model(
             {p: {m: shapes[k] for m, k in found.items()} for p, found in keys.items()}
         )
@@ -94,6 +115,10 @@ class NameIndex:
                 if hit is not None:
                     return list(hit[1])
         return []
+
+    def spelling(self, key: str) -> Spelling | None:
+        """What the weight of this parameter key is called in either layout; None for keys that are no module's weight."""
+        return self._spellings.get(key)
 
     def _parts_for(self, name: ModuleName) -> Sequence[str]:
         """Where to look if the prefix does not say: diffusion model or first CLIP, as the path allows."""

@@ -1,0 +1,309 @@
+"""Write canonical rotations as files of other tools, and say why where a dialect cannot hold them.
+
+A dialect can hold an adapter if it has the same side, the same map from generator to matrix and the same block layout; nothing is
+approximated. Layers come as parameter key of a model -> LayerRotation; names follow the customs of each tool for that model family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..constraint import Strength
+from ..errors import FormatError, ShapeError
+from ..layer import LayerRotation
+from ..names import NameIndex, Spelling
+from ..rotation import unpack_skew
+
+#: Families whose files are customarily in diffusers names; all others in the names of the model's authors.
+_DIFFUSERS_NAMED = ("sd1", "sd2")
+
+
+@dataclass(frozen=True)
+class Named:
+    """One layer under the name that it gets in the file. conv: whether the weight has kernel dimensions."""
+
+    name: str
+    layer: LayerRotation
+    conv: int
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One dialect that can be written: its title, and layers -> (tensors, PEFT config or None)."""
+
+    title: str
+    write: Callable[[Mapping[str, LayerRotation], NameIndex], tuple[dict[str, Tensor], dict | None]]
+
+
+def write_adapter(
+    layers: Mapping[str, LayerRotation],
+    index: NameIndex,
+    path: str | os.PathLike,
+    dialect: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write ``layers`` in one of ``WRITERS``; returns the file. ``peft`` writes a folder with adapter_config.json at ``path``.
+
+    layers: parameter key of the model behind ``index`` -> rotation. dtype: of generators and scales. The file appears whole or not
+    at all. Raises FormatError with the reason if the dialect cannot hold the adapter.
+    """
+    if dialect not in WRITERS:
+        raise FormatError("This dialect cannot be written", found=dialect, expected=", ".join(WRITERS))
+    if not layers:
+        raise FormatError("There are no layers to write")
+    tensors, config = WRITERS[dialect].write(layers, index)
+    tensors = {k: (t.to(dtype) if t.is_floating_point() and t.numel() > 1 else t).contiguous() for k, t in tensors.items()}
+    path = Path(path)
+    if config is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        _atomically(path / "adapter_config.json", lambda p: Path(p).write_text(json.dumps(config, indent=2), "utf-8"))
+        path = path / "adapter_model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _atomically(path, lambda p: save_file(tensors, p, dict(metadata or {}) or None))
+    return path
+
+
+def _atomically(path: Path, write: Callable[[str], object]) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------- what is asked of the layers
+
+
+def _refuse(title: str, key: str, why: str) -> FormatError:
+    return FormatError(f"{title} files cannot hold this adapter: {why}", module=key)
+
+
+def _settled(layer: LayerRotation) -> Tensor:
+    """The packed generator with its own limits applied, float32 (n or 1, b(b-1)/2)."""
+    limit = layer._limit(Strength(), "cpu").expand(layer.stages, layer.stored)
+    return (layer.generator.double() * limit.unsqueeze(-1)).float()[0]
+
+
+def _require(layer: LayerRotation, title: str, key: str, *, side: str, kinds: tuple[str, ...], rows: bool, share: bool) -> None:
+    """Raises FormatError for the first thing that the dialect lacks."""
+    words = {"in": "input", "out": "output"}
+    faults = (
+        (layer.side != side, f"it turns the {words[layer.side]} side, these files the {words[side]} side"),
+        (layer.kind not in kinds, f"its rotation is built as '{layer.kind}', these files know {', '.join(kinds)}"),
+        (layer.kind.startswith("neumann") and layer.terms != 5 and title != "PEFT", f"its series has {layer.terms} terms, not 5"),
+        (bool(layer.butterfly), "it is a butterfly of several factors"),
+        (layer.added is not None, "it adds a difference before it turns"),
+        (layer.col_scale is not None or layer.memory_view, "it is of a form that only its own tool reads"),
+        (layer.size is not None, "its last block is cut"),
+        (bool(layer.norm_of), "its row scale depends on the base model's row norms"),
+        (layer.row_scale is not None and not rows, "it has row scales"),
+        (layer.stored == 1 and layer.count > 1 and not share, "one block is shared along the layer"),
+    )
+    for wrong, why in faults:
+        if wrong:
+            raise _refuse(title, key, why)
+
+
+# ---------------------------------------------------------------- names
+
+
+def _diffusers(spelling: Spelling, index: NameIndex) -> list[tuple[str, tuple[int, int] | None, bool]]:
+    """The weight's names in diffusers' layout, as in ``Spelling.others``; its own where the model has no other layout."""
+    if spelling.part != "unet":
+        return [(_encoder_path(spelling), None, False)]
+    own = [(spelling.path, None, False)]
+    if spelling.path.startswith(("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks.")):
+        return own
+    return list(spelling.others) or own
+
+
+def _encoder_path(spelling: Spelling) -> str:
+    """Hugging Face's path inside a text encoder."""
+    return spelling.path if spelling.part == "te3" else f"text_model.{spelling.path}"
+
+
+def _parts(
+    layers: Mapping[str, LayerRotation], index: NameIndex, title: str, names: Callable[[str, Spelling], list],
+) -> Iterator[Named]:
+    """Every layer under its names; layers whose parts have names of their own are taken apart."""
+    for key, layer in layers.items():
+        spelling = index.spelling(key)
+        if spelling is None:
+            raise _refuse(title, key, "this parameter is not a layer of the model")
+        conv = max(0, len(index.shapes[key]) - 2)
+        for name, rows, swap in names(key, spelling):
+            if swap and (layer.side == "out" or layer.row_scale is not None):
+                raise _refuse(title, key, "its rows are stored in another order there")
+            try:
+                part = layer if rows is None else layer.rows_slice(*rows, module=key)
+            except ShapeError as error:
+                raise _refuse(title, key, "its blocks run across layers that are separate there") from error
+            yield Named(name, part, conv)
+
+
+def _kohya_names(index: NameIndex, unet: str) -> Callable[[str, Spelling], list]:
+    """kohya's spelling: diffusers names for SD 1.x and 2.x, the authors' names for everything else, underscores."""
+
+    def names(key: str, spelling: Spelling) -> list:
+        if spelling.part == "unet":
+            found = _diffusers(spelling, index) if index.family in _DIFFUSERS_NAMED else [(spelling.path, None, False)]
+            return [(unet + n.replace(".", "_"), rows, swap) for n, rows, swap in found]
+        te = "lora_te_" if index.family in _DIFFUSERS_NAMED else f"lora_{spelling.part}_"
+        return [(te + _encoder_path(spelling).replace(".", "_"), None, False)]
+
+    return names
+
+
+_ENCODERS = {"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"}
+
+
+def _comfy_names(key: str, spelling: Spelling) -> list:
+    """ComfyUI's dotted names."""
+    if spelling.part == "unet":
+        return [(f"diffusion_model.{spelling.path}", None, False)]
+    return [(f"text_encoders.{_ENCODERS[spelling.part]}.transformer.{_encoder_path(spelling)}", None, False)]
+
+
+def _peft_names(index: NameIndex) -> Callable[[str, Spelling], list]:
+    def names(key: str, spelling: Spelling) -> list:
+        return [(f"base_model.model.{n}", rows, swap) for n, rows, swap in _diffusers(spelling, index)]
+
+    return names
+
+
+# ---------------------------------------------------------------- the dialects
+
+
+def _square(layer: LayerRotation) -> Tensor:
+    """``oft_blocks`` (n, b, b): upper triangles A with A - A^T the file's Q, where M = cayley(Q)^T."""
+    return torch.triu(unpack_skew(-_settled(layer), layer.block), 1)
+
+
+def _write_lycoris(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
+    out: dict[str, Tensor] = {}
+    for part in _parts(layers, index, "LyCORIS", _kohya_names(index, "lora_unet_")):
+        _require(part.layer, "LyCORIS", part.name, side="out", kinds=("cayley",), rows=True, share=False)
+        if part.layer.block > part.layer.count:
+            raise _refuse("LyCORIS", part.name, f"LyCORIS reads blocks only where they are at least as many as large; "
+                          f"here {part.layer.count} of {part.layer.block}")
+        out[f"{part.name}.oft_blocks"] = _square(part.layer)
+        out[f"{part.name}.alpha"] = torch.tensor(0.0)
+        if part.layer.row_scale is not None:
+            out[f"{part.name}.rescale"] = part.layer.row_scale.view(-1, *[1] * (1 + part.conv))
+    return out, None
+
+
+def _write_kohya(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
+    if index.family in ("flux", "sd3"):
+        raise _refuse("kohya", next(iter(layers)), f"that tool's OFT network does not know {index.family}")
+    out: dict[str, Tensor] = {}
+    parts = list(_parts(layers, index, "kohya", _kohya_names(index, "oft_unet_")))
+    counts = {p.layer.count for p in parts}
+    for part in parts:
+        _require(part.layer, "kohya", part.name, side="out", kinds=("cayley",), rows=False, share=False)
+        if not part.name.startswith("oft_unet_"):
+            raise _refuse("kohya", part.name, "it has text encoder layers")
+        if len(counts) > 1:
+            raise _refuse("kohya", part.name, f"they need one number of blocks in all layers, here {sorted(counts)}")
+        out[f"{part.name}.oft_blocks"] = _square(part.layer)
+    # One limit, alpha times output size, wide enough to be free; that tool reads the first alpha for all layers.
+    use = max(float(p.layer.generator.norm()) * 2**0.5 / p.layer.axis for p in parts)
+    for part in parts:
+        out[f"{part.name}.alpha"] = torch.tensor(max(1.0, 2 * use))
+    return out, None
+
+
+def _write_comfy(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
+    out: dict[str, Tensor] = {}
+    for part in _parts(layers, index, "ComfyUI core", _comfy_names):
+        _require(part.layer, "ComfyUI core", part.name, side="out", kinds=("cayley",), rows=False, share=False)
+        out[f"{part.name}.oft_blocks"] = _square(part.layer)
+        out[f"{part.name}.alpha"] = torch.tensor(0.0)
+    return out, None
+
+
+def _write_oft_v2(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
+    names: Callable[[str, Spelling], list] = _comfy_names
+    if index.family in (*_DIFFUSERS_NAMED, "sdxl"):
+
+        def names(key: str, spelling: Spelling) -> list:
+            if spelling.part != "unet":
+                return _kohya_names(index, "")(key, spelling)
+            return [("lora_unet_" + n.replace(".", "_"), rows, swap) for n, rows, swap in _diffusers(spelling, index)]
+
+    out: dict[str, Tensor] = {}
+    for part in _parts(layers, index, "OFT v2", names):
+        layer = part.layer
+        _require(layer, "OFT v2", part.name, side="in", kinds=("neumann", "cayley", "expm"), rows=True, share=True)
+        if layer.row_scale is not None and float(layer.row_scale.min()) <= 0:
+            raise _refuse("OFT v2", part.name, "its row scales are not all positive")
+        out[f"{part.name}.oft_R.weight"] = _settled(layer) * (-1.0 if part.conv else 1.0)
+        if layer.kind != "neumann":
+            out[f"{part.name}.oft_R.{'cans_oft' if layer.kind == 'cayley' else 'cans_exp'}"] = torch.tensor(True)
+        if layer.row_scale is not None:
+            out[f"{part.name}.dora_log_multiplier"] = layer.row_scale.log()
+    return out, None
+
+
+def _write_peft(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], dict]:
+    parts = list(_parts(layers, index, "PEFT", _peft_names(index)))
+    for part in parts:
+        _require(part.layer, "PEFT", part.name, side="in", kinds=("neumann", "cayley"), rows=False, share=True)
+    kinds, terms = {p.layer.kind for p in parts}, {p.layer.terms for p in parts if p.layer.kind == "neumann"}
+    shares = {p.layer.stored == 1 for p in parts if p.layer.count > 1}
+    components = {index.spelling(key).part for key in layers}
+    for mixed, what in ((kinds, "ways to build the rotation"), (terms, "series lengths"), (shares, "block sharing")):
+        if len(mixed) > 1:
+            raise _refuse("PEFT", parts[0].name, f"its layers differ in their {what}, one config serves all")
+    if len(components) > 1:
+        raise _refuse("PEFT", parts[0].name, "it has layers of several models; PEFT keeps one folder for each")
+    exact = kinds == {"cayley"}
+    # The exact branch of PEFT builds the transpose of what its series approximates.
+    tensors = {f"{p.name}.oft_R.weight": _settled(p.layer) * (-1.0 if exact else 1.0) for p in parts}
+    size = max(p.layer.block for p in parts)
+    for p in parts:
+        if peft_block_size(p.layer.axis, size) != p.layer.block:
+            raise _refuse("PEFT", p.name, f"one block size serves all layers there: {size} would become "
+                          f"{peft_block_size(p.layer.axis, size)} here, not {p.layer.block}")
+    config = {
+        "peft_type": "OFT", "peft_version": "0.18.0", "auto_mapping": None, "base_model_name_or_path": None, "revision": None,
+        "task_type": None, "inference_mode": True, "r": 0, "oft_block_size": size, "module_dropout": 0.0,
+        "target_modules": sorted(p.name.removeprefix("base_model.model.") for p in parts), "exclude_modules": None,
+        "fan_in_fan_out": False, "bias": "none", "init_weights": True, "layers_to_transform": None, "layers_pattern": None,
+        "modules_to_save": None, "coft": False, "eps": 6e-5, "block_share": shares == {True},
+        "use_cayley_neumann": not exact, "num_cayley_neumann_terms": terms.pop() if terms else 5,
+    }
+    return tensors, config
+
+
+def peft_block_size(features: int, wanted: int) -> int:
+    """The block size that PEFT and OneTrainer use for a layer of ``features`` inputs: the nearest divisor, the smaller of two."""
+    if wanted >= features:
+        return features
+    lower = next(b for b in range(wanted, 0, -1) if features % b == 0)
+    higher = next(b for b in range(wanted, features + 1) if features % b == 0)
+    return lower if wanted - lower <= higher - wanted else higher
+
+
+WRITERS: dict[str, Writer] = {
+    "oft_v2": Writer("OneTrainer / OFT v2", _write_oft_v2),
+    "peft": Writer("PEFT (folder)", _write_peft),
+    "lycoris": Writer("LyCORIS Diag-OFT", _write_lycoris),
+    "kohya": Writer("kohya networks.oft", _write_kohya),
+    "comfy": Writer("ComfyUI core", _write_comfy),
+}
