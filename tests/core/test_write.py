@@ -66,28 +66,28 @@ def reread(path: Path, shapes: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_same(got: dict, want: dict) -> None:
-    for key in want:
-        assert (got[key] - want[key]).norm() / want[key].norm() < 1e-6, key
+    for key, value in want.items():
+        assert (got[key] - value).norm() / value.norm() < 1e-6, key
 
 
 CASES = {
-    "oft_v2 exact": ("oft_v2", "ldm", dict(side="in")),
-    "oft_v2 series": ("oft_v2", "ldm", dict(side="in", kind="neumann")),
-    "oft_v2 exponential": ("oft_v2", "ldm", dict(side="in", kind="expm")),
-    "oft_v2 shared rows": ("oft_v2", "ldm", dict(side="in", share=True, rows=True)),
-    "oft_v2 flux": ("oft_v2", "flux", dict(side="in")),
-    "oft_v2 text": ("oft_v2", "with text", dict(side="in")),
-    "peft exact": ("peft", "ldm", dict(side="in")),
-    "peft series": ("peft", "ldm", dict(side="in", kind="neumann")),
-    "peft shared": ("peft", "ldm", dict(side="in", share=True)),
-    "peft flux": ("peft", "flux", dict(side="in")),
-    "lycoris": ("lycoris", "ldm", dict(side="out")),
-    "lycoris rescaled": ("lycoris", "ldm", dict(side="out", rows=True)),
-    "lycoris flux": ("lycoris", "flux", dict(side="out")),
-    "lycoris text": ("lycoris", "with text", dict(side="out")),
-    "kohya": ("kohya", "ldm", dict(side="out")),
-    "comfy": ("comfy", "with text", dict(side="out")),
-    "comfy flux": ("comfy", "flux", dict(side="out")),
+    "oft_v2 exact": ("oft_v2", "ldm", {"side": "in"}),
+    "oft_v2 series": ("oft_v2", "ldm", {"side": "in", "kind": "neumann"}),
+    "oft_v2 exponential": ("oft_v2", "ldm", {"side": "in", "kind": "expm"}),
+    "oft_v2 shared rows": ("oft_v2", "ldm", {"side": "in", "share": True, "rows": True}),
+    "oft_v2 flux": ("oft_v2", "flux", {"side": "in"}),
+    "oft_v2 text": ("oft_v2", "with text", {"side": "in"}),
+    "peft exact": ("peft", "ldm", {"side": "in"}),
+    "peft series": ("peft", "ldm", {"side": "in", "kind": "neumann"}),
+    "peft shared": ("peft", "ldm", {"side": "in", "share": True}),
+    "peft flux": ("peft", "flux", {"side": "in"}),
+    "lycoris": ("lycoris", "ldm", {"side": "out"}),
+    "lycoris rescaled": ("lycoris", "ldm", {"side": "out", "rows": True}),
+    "lycoris flux": ("lycoris", "flux", {"side": "out"}),
+    "lycoris text": ("lycoris", "with text", {"side": "out"}),
+    "kohya": ("kohya", "ldm", {"side": "out"}),
+    "comfy": ("comfy", "with text", {"side": "out"}),
+    "comfy flux": ("comfy", "flux", {"side": "out"}),
 }
 
 
