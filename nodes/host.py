@@ -111,6 +111,7 @@ class Side:
     """One of the two things that a file can patch: the diffusion model or the text encoders."""
 
     name: str
+    words: str
     owner: Any
     patcher: Any
     shapes: dict[str, tuple[int, ...]]
@@ -119,13 +120,18 @@ class Side:
 
 def _model_side(model: Any) -> Side:
     return Side(
-        "model", model, model, _shapes(model), _aliases(comfy.lora.model_lora_keys_unet(model.model, {}))
+        "model",
+        "Diffusion model",
+        model,
+        model,
+        _shapes(model),
+        _aliases(comfy.lora.model_lora_keys_unet(model.model, {})),
     )
 
 
 def _clip_side(clip: Any) -> Side:
     table = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-    return Side("clip", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
+    return Side("clip", "Text encoders", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
 
 
 # --- the patch object ---------------------------------------------------------------------------------------
@@ -283,11 +289,13 @@ def apply(
         if not mine:
             continue
         if at.value == 0:
-            notes.append(f"{side.name}: strength 0, nothing changed.")
+            notes.append(f"{side.words}: strength 0, nothing changed.")
             continue
         for patch in mine:
             patch.op.check_strength(at, module=patch.module, file=adapter.path)
         given[side.name] = _patched(side, mine, at)
+        if side.name == "clip" and model is not None and at != at_model:
+            notes.append(f"Text encoders: strength {at.value:g}.")
 
     unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
     report = describe(

@@ -298,7 +298,7 @@ def scaled_fp8_weights():
     blocks = torch.randn(8, 8, 8, generator=generator(1)) * 0.1
     adapter = read_tensors({"linear.oft_blocks": blocks, "linear.alpha": torch.tensor(0.0)}, {}, name="test")
     index = host.HostIndex({"linear.weight": (64, 32)}, {"linear": host.Target("linear.weight")})
-    side = host.Side("model", patcher, patcher, {"linear.weight": (64, 32)}, {})
+    side = host.Side("model", "Model", patcher, patcher, {"linear.weight": (64, 32)}, {})
     dictionaries, keeper = host.make_patches(side, adapter.bind(index).patches, "rotation", "file")
     clone = patcher.clone()
     clone.add_patches(dictionaries[0], 1.0)
