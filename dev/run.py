@@ -15,12 +15,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+if TYPE_CHECKING:
+    from dev.host import Host
 
 
-def run_tests(host, pytest_args: list[str]) -> int:
+def run_tests(host: Host, pytest_args: list[str]) -> int:
     """Ruff, then pytest over tests/. Returns the exit status; pytest's summary is the last thing printed."""
     from dev.page import find_browser, install_browser
 
@@ -43,7 +46,7 @@ def run_tests(host, pytest_args: list[str]) -> int:
         env["OFT_RUFF_FAILED"] = "1"  # tests/conftest.py repeats it at the end, where it is seen
     command = [str(host.python), "-m", "pytest", "-c", "tests/pytest.ini"]
     # Paths among the arguments choose what runs; without any it is everything.
-    if not any((REPO / a.split("::")[0]).exists() for a in pytest_args if not a.startswith("-")):
+    if not any(a.startswith("tests") for a in pytest_args):
         command.append("tests")
     return subprocess.call([*command, *pytest_args], cwd=REPO, env=env) or ruff
 
@@ -55,12 +58,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description="Try the OFT pack, or test it.")
     commands = parser.add_subparsers(dest="command", required=True)
     test = commands.add_parser("test", help="lint and run all tests")
-    test.add_argument("pytest_args", nargs="*", help="passed to pytest; put -- before options")
+    test.add_argument("pytest_args", nargs="*", help="passed to pytest, for example: -- -k names")
     demo = commands.add_parser("demo", help="draw a sheet of pictures in a real ComfyUI")
     demo.add_argument("--serve", action="store_true", help="keep ComfyUI running until Ctrl-C")
     demo.add_argument("--port", type=int, default=0, help="port of the page (default: any free one)")
     demo.add_argument("--out", type=Path, help="where to put the sheet (default: in the cache folder)")
-    options = parser.parse_args(argv)
+    options, more = parser.parse_known_args(argv)
+    if more and options.command != "test":
+        parser.error("unknown option: " + " ".join(more))
 
     from dev.host import Host, InstallError, cache_dir, ensure_models
 
@@ -68,7 +73,7 @@ def main(argv: list[str]) -> int:
         host = Host(cache_dir()).install()
         models = ensure_models(host.python, host.tree, host.cache, lambda text: print(text, flush=True))
         if options.command == "test":
-            return run_tests(host, options.pytest_args)
+            return run_tests(host, [*more, *options.pytest_args])
     except InstallError as fault:
         print(fault, flush=True)
         return 1

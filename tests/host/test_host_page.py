@@ -1,4 +1,4 @@
-"""ComfyUI's page with our nodes, in both node renderers: found by search, placed, run, report there to read."""
+"""ComfyUI's page with our nodes, in both node renderers: found by search, placed, run, report readable."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_search_place_run_and_read(host: ComfyServer, browser: None, files: None
         assert {"Load OFT", "Apply OFT"} <= set(found)
         oft = page.choose("Load OFT")
 
-        # The other nodes go around the one that was placed by hand. Strengths differ between the renderers, so that
-        # the node really runs in both: a cached node sends no report.
+        # The other nodes go around the one that was placed by hand. Strengths differ between the renderers,
+        # so that the node really runs in both: a cached node sends no report.
         x, y = page.page.evaluate("(id) => [...app.graph.getNodeById(id).pos]", oft)
         page.set(oft, oft_name=OFT_FILE, strength_model=0.6 if vue_nodes else 0.5)
         checkpoint = page.add("CheckpointLoaderSimple", x - 330, y, ckpt_name="tiny_sd15.safetensors")
