@@ -2,7 +2,8 @@
 
 This file is ComfyUI's door only. Importing it does nothing: the node modules, and with them ComfyUI's own
 modules, are imported when ComfyUI calls `comfy_entrypoint`. That keeps the folder harmless where it lies
-inside a web UI's extension folder or is collected by a test runner."""
+inside a web UI's extension folder or is collected by a test runner.
+"""
 
 WEB_DIRECTORY = "./web"
 

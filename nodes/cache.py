@@ -2,7 +2,8 @@
 
 A partially loaded model asks for each weight again in every forward, so the rotations must not be rebuilt
 each time; a full load asks for each of them once. Layers whose blocks have one size are built together, in
-batches: a few large tensor operations instead of several small ones per layer."""
+batches: a few large tensor operations instead of several small ones per layer.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def rotation(
     """The built rotation of one layer: kept from before, or by building its whole batch.
 
     token, place: what `batches` gave. spare: the layer itself, built alone if the batch is gone because
-    nothing but a hook's weights refers to the file any more."""
+    nothing but a hook's weights refers to the file any more.
+    """
     batch = _batches.get(token)
     if batch is None:
         return spare.build(strength, device)

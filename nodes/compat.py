@@ -28,7 +28,5 @@ def schema(**keywords: Any) -> io.Schema:
 
 
 def entry(factory: type[T], *args: Any, **keywords: Any) -> T:
-    """`factory(...)` for an input class such as `io.Combo.Input`, without the optional keywords this host
-    lacks.
-    """
+    """`factory(...)`, an input class such as `io.Combo.Input`, without what this host lacks."""
     return factory(*args, **known(factory, keywords))

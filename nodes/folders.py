@@ -27,7 +27,8 @@ def register() -> None:
     """Add `models/oft` and the lora folders to the `oft` folder list.
 
     extra_model_paths.yaml is read before custom nodes are loaded and may have made the list already: its
-    folders stay first."""
+    folders stay first.
+    """
     paths = list(folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0])
     own = os.path.join(folder_paths.models_dir, FOLDER)
     for path in (own, *folder_paths.get_folder_paths("loras")):
@@ -48,9 +49,7 @@ def find(name: str) -> str | None:
 
 
 def _stamp(path: str) -> tuple[str, int, int, int]:
-    """(path, mtime, size, mtime of a PEFT config beside it), all that decides whether a file must be read
-    again.
-    """
+    """(path, mtime, size, mtime of a PEFT config beside it): it is read again when one of them changes."""
     stat = os.stat(path)
     config = os.path.join(os.path.dirname(path), CONFIG)
     beside = os.stat(config).st_mtime_ns if os.path.isfile(config) else 0

@@ -3,12 +3,16 @@ patches.
 
 An OFT patch is a multiplication, so it cannot be handed over as an additive difference. It goes into
 `ModelPatcher.patches` as a weight adapter object that rotates the weight in place when ComfyUI asks for it:
-on a full load, on every forward of a partly loaded model, for hooks, and when a checkpoint is saved."""
+on a full load, on every forward of a partly loaded model, for hooks, and when a checkpoint is saved.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,9 +51,7 @@ ROTATION, DIFF = "rotation", "diff"
 
 @contextlib.contextmanager
 def normal_tensors():
-    """Make ordinary tensors although nodes run under inference mode: they outlive the node and may meet
-    autograd.
-    """
+    """Make ordinary tensors although nodes run under inference mode: these outlive the node."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -58,9 +60,7 @@ def normal_tensors():
 
 
 class HostIndex(NameIndex):
-    """`NameIndex` over a loaded model, with ComfyUI's own LoRA key tables behind it for families it does not
-    know.
-    """
+    """`NameIndex` over a loaded model, then ComfyUI's own LoRA key tables for families it does not know."""
 
     def __init__(self, shapes: Mapping[str, Any], aliases: Mapping[str, Target]):
         super().__init__(shapes)
@@ -81,18 +81,10 @@ def _plain(name: str) -> str:
 
 
 def _aliases(table: Mapping[str, Any]) -> dict[str, Target]:
-    """ComfyUI's key table (name -> key, or (key, (dim, start, length)), or (key, slice or None, function)) as
-    targets.
-    """
+    """ComfyUI's key table as targets: name -> key, (key, (dim, start, length)) or (key, slice, function)."""
     out: dict[str, Target] = {}
     for name, to in table.items():
-        key, piece, function = (
-            to
-            if isinstance(to, tuple) and len(to) == 3
-            else (*to, None)
-            if isinstance(to, tuple)
-            else (to, None, None)
-        )
+        key, piece, function = (*to, None, None)[:3] if isinstance(to, tuple) else (to, None, None)
         if piece is not None and piece[0] != 0:
             continue
         if function is not None and function is not comfy.utils.swap_scale_shift:
@@ -166,10 +158,11 @@ class RotationPatch(WeightAdapterBase):
 
         With an offset ComfyUI hands over a view and drops what is returned, hence in place.
         `intermediate_dtype` is not used: a rotation built in half precision is not orthogonal.
-        `original_weight` is a tensor or a dict, depending on the caller, and is not needed."""
+        `original_weight` is a tensor or a dict, depending on the caller, and is not needed.
+        """
         if strength == 0:
             return weight
-        if function is not None and function.__module__ != comfy.lora.__name__:
+        if function is not None and getattr(function, "__module__", None) != comfy.lora.__name__:
             # Chunk swaps of ComfyUI's key tables, their own inverse. Rotating the rows in the file's order
             # and swapping back is right for both sides; swapping the difference alone would not be.
             rows = function(weight).contiguous()
@@ -194,9 +187,7 @@ class RotationPatch(WeightAdapterBase):
 
 
 class Keeper:
-    """Load callback of a patcher: keeps the batches alive, and frees built rotations once the weights are
-    merged.
-    """
+    """Load callback of a patcher: keeps the batches alive; frees what was built once weights are merged."""
 
     def __init__(self, kept: Iterable[cache.Batch]):
         self.batches = tuple(kept)
@@ -226,11 +217,11 @@ def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
 def make_patches(
     side: Side, patches: Iterable[Patch], mode: str, coft: str | float
 ) -> tuple[list[dict], Keeper]:
-    """ComfyUI patch dictionaries for one side, {key or (key, slice): RotationPatch}, and what must live
-    beside them.
+    """ComfyUI patch dictionaries {key or (key, slice): RotationPatch}, and what must live beside them.
 
     Several dictionaries only where a file has more than one change for the same rows. The strength is not in
-    them: ComfyUI passes it to each patch, and hooks change it while sampling."""
+    them: ComfyUI passes it to each patch, and hooks change it while sampling.
+    """
     patches = list(patches)
     turned = [p for p in patches if isinstance(p.op, LayerRotation)]
     placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned]), strict=True))
@@ -272,14 +263,15 @@ def apply(
 
     model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
     without patches. Raises `ModelMismatch` if no layer of the file belongs to the given models, and
-    `StrengthError` if the mode is not defined for the file."""
+    `StrengthError` if the mode is not defined for the file.
+    """
     sides = [_model_side(model)] if model is not None else []
     if clip is not None:
         sides.append(_clip_side(clip))
     shapes = {key: shape for side in reversed(sides) for key, shape in side.shapes.items()}
     aliases = {name: target for side in reversed(sides) for name, target in side.aliases.items()}
     absent = _absent(adapter, model, clip)
-    binding = _bound(adapter, HostIndex(shapes, aliases), absent)
+    binding = _bound(adapter, shapes, aliases, absent)
 
     given = {"model": model, "clip": clip}
     notes: list[str] = []
@@ -291,16 +283,17 @@ def apply(
         if at.value == 0:
             notes.append(f"{side.words}: strength 0, nothing changed.")
             continue
-        for patch in mine:
-            patch.op.check_strength(at, module=patch.module, file=adapter.path)
+        with normal_tensors():
+            for patch in mine:
+                patch.op.check_strength(at, module=patch.module, file=adapter.path)
         given[side.name] = _patched(side, mine, at)
         if side.name == "clip" and model is not None and at != at_model:
             notes.append(f"Text encoders: strength {at.value:g}.")
 
     unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
-    report = describe(
-        adapter, replace(binding, unmatched=unmatched), at_model if model is not None else at_clip
-    )
+    with normal_tensors():
+        at = at_model if model is not None else at_clip
+        report = describe(adapter, replace(binding, unmatched=unmatched), at)
     left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
     notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
     text = "\n".join([report.to_text(), *notes])
@@ -321,8 +314,7 @@ def _patched(side: Side, patches: list[Patch], at: Strength) -> Any:
         taken = set(clone.add_patches(patch_dict, at.value))
         refused = [key for key in patch_dict if key not in taken]
         if refused:
-            # The keys come from this very model's state dict, so this is a fault of a patcher that a pack has
-            # replaced.
+            # The keys come from this very model, so a pack must have replaced its patcher.
             raise AdapterError(
                 "The model did not accept all patches",
                 found=f"{len(refused)} refused, for instance {refused[0]}",
@@ -357,12 +349,43 @@ FAMILIES = {
 DEFINITE = frozenset({"sd1", "sd2", "sdxl", "sd3", "flux"})
 
 
+def _kinds(family: str) -> list[str]:
+    """The families in one of `guess_family`'s answers, such as "sd1, sd2 or sdxl"."""
+    return re.split(", | or ", family)
+
+
 def _called(family: str) -> str:
-    return FAMILIES.get(family, family)
+    return " or ".join(FAMILIES.get(kind, kind) for kind in _kinds(family))
 
 
-def _bound(adapter: Adapter, index: HostIndex, absent: Mapping[str, str]) -> Binding:
+# The last bindings: their layers keep spectra, which make the next strength or mode of the same file cheap.
+_bindings: OrderedDict[tuple[int, int], tuple[Adapter, Binding]] = OrderedDict()
+_bindings_lock = threading.Lock()
+KEPT_BINDINGS = 4
+
+
+def _bound(
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, Target],
+    absent: Mapping[str, str],
+) -> Binding:
     """The file's layers placed on the model. Raises `ModelMismatch` if the file is for something else."""
+    key = (id(adapter), hash(tuple(shapes.items())))
+    with _bindings_lock:
+        if key in _bindings:
+            _bindings.move_to_end(key)
+            return _bindings[key][1]
+    with normal_tensors():
+        binding = _place(adapter, HostIndex(shapes, aliases), absent)
+    with _bindings_lock:
+        _bindings[key] = (adapter, binding)  # the adapter too, so that its id stays its own
+        while len(_bindings) > KEPT_BINDINGS:
+            _bindings.popitem(last=False)
+    return binding
+
+
+def _place(adapter: Adapter, index: HostIndex, absent: Mapping[str, str]) -> Binding:
     made_for, is_a = guess_family(adapter.entries), index.family
     if set(adapter.components) <= set(absent):
         raise ModelMismatch(
@@ -375,7 +398,7 @@ def _bound(adapter: Adapter, index: HostIndex, absent: Mapping[str, str]) -> Bin
     try:
         binding = adapter.bind(index, strict=False)
     except ShapeError as error:
-        if made_for == is_a or not {made_for, is_a} <= DEFINITE:
+        if is_a in _kinds(made_for) or not {is_a, *_kinds(made_for)} <= DEFINITE:
             raise
         # Some names are the same in several families; the sizes then are not.
         found = f"a file for {_called(made_for)}; its layer {error.module} does not fit ({error.found})"

@@ -131,7 +131,7 @@ def _checked_file(name: str | None) -> bool | str:
     if name is None or folders.find(name):
         return True
     if not folders.names():
-        return "No OFT file found. Put .safetensors files into models/oft, then press R on the page."
+        return "No OFT file found. Put safetensors files into models/oft, then press R on the page."
     return f"'{name}' is not in models/oft or the lora folders. Press R on the page to refresh the list."
 
 

@@ -3,7 +3,8 @@
 usage: python inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
 
 Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}. `python inprocess.py --list`
-names them."""
+names them.
+"""
 
 from __future__ import annotations
 
