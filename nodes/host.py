@@ -95,7 +95,12 @@ def _aliases(table: Mapping[str, Any]) -> dict[str, Target]:
 
 
 def _shapes(patcher: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in patcher.model_state_dict().items()}
+    """Parameter key -> shape. GGUF layers put stand-ins, shaped as the packed bytes, into the state dict."""
+    shapes = {}
+    for key, value in patcher.model_state_dict().items():
+        shown = comfy.utils.get_attr(patcher.model, key) if value.is_meta else value
+        shapes[key] = tuple(shown.shape)
+    return shapes
 
 
 @dataclass(frozen=True)

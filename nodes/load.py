@@ -136,7 +136,7 @@ def _checked_file(name: str | None) -> bool | str:
 
 
 def _checked_how(mode: str | None, coft: str | None) -> bool | str:
-    """Input check of mode and coft. A number of degrees is taken for coft too, for prompts written by hand."""
+    """Input check of mode and coft; coft may be a number of degrees too, in prompts written by hand."""
     if mode is not None and mode not in MODES:
         return f"mode '{mode}' is not one of {', '.join(MODES)}."
     if coft is None or coft == LIMIT:

@@ -574,6 +574,22 @@ def text_encoders_of_every_family():
                 assert torch.equal(patched[key], before), (family, key)
 
 
+@check
+def packed_weights_show_their_real_shape():
+    """GGUF layers save a meta tensor of the packed bytes; the layer's own weight knows the real shape."""
+    model = sd15()
+    key = weight_names(model, ("attn1.to_q",))[0]
+    layer = dict(model.model.named_modules())[key.removesuffix(".weight")]
+
+    def save(module, state, prefix, metadata):
+        state[prefix + "weight"] = torch.empty(3, 1, device="meta")
+
+    layer.register_state_dict_post_hook(save)
+    assert model.model.state_dict()[key].shape == (3, 1)
+    patched = applied(read_tensors(diag_oft({key: tuple(layer.weight.shape)}), {}, name="test"), model).model
+    assert list(patched.patches) == [key]
+
+
 # --- special contents ---------------------------------------------------------------------------------------
 
 
