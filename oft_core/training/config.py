@@ -1,0 +1,522 @@
+"""What is trained: PEFT's ``OFTConfig`` fields with the same names and meaning, and ours; and which layers a model offers for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+#: Layers to train by name, as regular expressions over module names of ComfyUI, diffusers and transformers models.
+PRESETS: dict[str, str] = {
+    "attention": (
+        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+        r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear1)"
+    ),
+    "attention+ff": (
+        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+        r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear[12]|ff\.net\.(0\.proj|2)|(img_mlp|txt_mlp)\.[02]|mlp\.fc[12])"
+    ),
+}
+
+
+def _option(text: str, **limits: object) -> dict[str, object]:
+    """Metadata of a field: its help text and its limits (min, max, above, below, choices)."""
+    return {"help": text, **limits}
+
+
+@dataclass
+class OFTConfig:
+    """Settings of the trained rotations. The first group is PEFT's, the second is ours; every field carries its help text.
+
+    Raises ConfigError (field, value, what is allowed) when a value cannot be used.
+    """
+
+    r: int = field(
+        default=0,
+        metadata=_option("Number of blocks per layer. Give this or oft_block_size and set the other to 0.", min=0),
+    )
+    oft_block_size: int = field(
+        default=32,
+        metadata=_option(
+            "Size of the rotated blocks. Larger blocks learn more and cost more: parameters and time grow "
+            "in proportion.",
+            min=0,
+        ),
+    )
+    module_dropout: float = field(
+        default=0.0,
+        metadata=_option(
+            "Share of the blocks that stay at identity during a training step, chosen anew each step.",
+            min=0.0,
+            below=1.0,
+        ),
+    )
+    target_modules: list[str] | str | None = field(
+        default="attention",
+        metadata=_option(
+            "Which layers: a list of names (a layer whose name is or ends with one of them), a regular "
+            "expression over the whole name, 'all-linear', or one of the presets 'attention' and "
+            "'attention+ff'.",
+        ),
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata=_option("Layers to leave out, as a list of names or a regular expression."),
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata=_option("Numbers of the blocks to train, where target_modules is a list; empty for all."),
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata=_option(
+            "Name of the module list that layers_to_transform counts in, for example "
+            "'transformer_blocks'.",
+        ),
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata=_option("Another r for some layers: {name or regular expression: r}."),
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata=_option(
+            "Accepted so that configurations of other methods can be read. OFT has no alpha, so it has no "
+            "effect.",
+        ),
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata=_option("The layers store their weight as (input, output), as GPT-2's Conv1D does."),
+    )
+    bias: str = field(
+        default="none",
+        metadata=_option(
+            "Train biases too: 'none', 'all' of the model, or 'oft_only' those of the rotated layers.",
+            choices=("none", "all", "oft_only"),
+        ),
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata=_option("Start at the unchanged model. Off: random rotations, for tests only."),
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata=_option("Whole modules that are trained freely as well, by name."),
+    )
+    coft: bool = field(
+        default=False,
+        metadata=_option(
+            "Constrained OFT as PEFT computes it: no block may leave a small ball around the identity.",
+        ),
+    )
+    eps: float = field(
+        default=6e-05,
+        metadata=_option(
+            "Radius of that ball, shared by the blocks of a layer (each has eps / sqrt(blocks)). Used "
+            "with coft only.",
+            above=0.0,
+        ),
+    )
+    block_share: bool = field(
+        default=False,
+        metadata=_option("One rotation for all blocks of a layer: far fewer parameters."),
+    )
+    use_cayley_neumann: bool = field(
+        default=False,
+        metadata=_option(
+            "Approximate the rotation by a series. Off is exact, stays orthogonal at every angle, and "
+            "costs about the same here.",
+        ),
+    )
+    num_cayley_neumann_terms: int = field(
+        default=5,
+        metadata=_option("Number of terms of that series.", min=1, max=20),
+    )
+
+    side: str = field(
+        default="input",
+        metadata=_option(
+            "Which side of the weight is rotated. 'input' keeps the length of every neuron and the angles "
+            "between neurons.",
+            choices=("input", "output"),
+        ),
+    )
+    rescale: bool = field(
+        default=False,
+        metadata=_option("Also train a magnitude for every output row."),
+    )
+    scaled: bool = field(
+        default=True,
+        metadata=_option(
+            "Divide the parameters by 2 sqrt(block size - 1), so that one learning rate suits every block "
+            "size.",
+        ),
+    )
+    angle_cap: float | None = field(
+        default=60.0,
+        metadata=_option(
+            "No plane may turn further than this many degrees; None for no limit.",
+            above=0.0,
+            max=180.0,
+        ),
+    )
+    spectral_clip: float | None = field(
+        default=None,
+        metadata=_option(
+            "The same limit as the largest singular value of a block's generator (tan of half the angle); "
+            "None for none.",
+            above=0.0,
+        ),
+    )
+    conv_modules: list[str] | str | None = field(
+        default=None,
+        metadata=_option(
+            "Convolutions to train in addition, as a list of names, a regular expression or 'all-conv'.",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            self._check(f, getattr(self, f.name))
+        if (self.r == 0) == (self.oft_block_size == 0):
+            raise ConfigError(
+                "Exactly one of 'r' and 'oft_block_size' must be non-zero",
+                found=f"r = {self.r}, oft_block_size = {self.oft_block_size}", expected="one of them 0",
+                hint="r times oft_block_size is the width of a layer, so one follows from the other.",
+            )
+        if self.oft_block_size == 1:
+            raise ConfigError("Option 'oft_block_size' is too small", found=1, expected="2 or more (a block of 1 cannot turn)")
+        if not self.target_modules and not self.conv_modules:
+            raise ConfigError("Option 'target_modules' is empty", expected="names, a regular expression, 'all-linear' or a preset")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("Option 'layers_pattern' needs 'layers_to_transform'", found=self.layers_pattern)
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, (list, tuple, set)):
+            raise ConfigError(
+                "Option 'layers_to_transform' needs 'target_modules' as a list of names", found=repr(self.target_modules),
+                hint="Or put the block numbers into the regular expression.",
+            )
+        for pattern, r in self.rank_pattern.items():
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise ConfigError("Option 'rank_pattern' needs numbers of blocks", found=f"{pattern!r}: {r!r}", expected="1 or more")
+
+    def _check(self, f: dataclasses.Field, value: object) -> None:
+        """Raises ConfigError if the value breaks the limits that the field's metadata declares, or has another type."""
+        meta = f.metadata
+        default = f.default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"Option '{f.name}' is a switch", found=repr(value), expected="True or False")
+        if "choices" in meta and value not in meta["choices"]:
+            raise ConfigError(f"Option '{f.name}' has an unknown value", found=repr(value), expected=" or ".join(meta["choices"]))
+        ranged = {"min", "max", "above", "below"} & set(meta)
+        if not ranged or value is None and "None" in str(f.type):
+            return
+        whole = isinstance(default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"Option '{f.name}' is not a number", found=repr(value), expected="a whole number" if whole else "a number")
+        words = {"min": "at least", "max": "at most", "above": "more than", "below": "less than"}
+        expected = " and ".join(f"{words[k]} {meta[k]:g}" for k in words if k in meta)
+        if (
+            value < meta.get("min", value) or value > meta.get("max", value)
+            or "above" in meta and value <= meta["above"] or "below" in meta and value >= meta["below"]
+        ):
+            raise ConfigError(f"Option '{f.name}' is out of range", found=value, expected=expected)
+
+    @classmethod
+    def help(cls) -> dict[str, str]:
+        """Field -> one sentence for people."""
+        return {f.name: f.metadata["help"] for f in dataclasses.fields(cls)}
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, JSON-ready; ``OFTConfig(**...)`` rebuilds it."""
+        out = dataclasses.asdict(self)
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in out.items()}
+
+    def remarks(self) -> list[str]:
+        """Settings that are accepted but deserve a word."""
+        notes = []
+        if self.alpha_pattern:
+            notes.append("alpha_pattern has no effect: OFT has no alpha.")
+        if not self.coft and self.eps != type(self).eps:
+            notes.append("eps has no effect without coft.")
+        if self.side == "output":
+            notes.append("Output-side rotations mix rows, so the lengths of neurons are not kept.")
+        if self.coft and self.angle_cap is not None and self.angle_cap < 180:
+            notes.append(f"Both COFT and the angle cap ({self.angle_cap:g} degrees) limit the rotation.")
+        return notes
+
+    @property
+    def largest_lam(self) -> float | None:
+        """Upper limit on a generator's singular values from ``angle_cap`` and ``spectral_clip``; None without one."""
+        limits = []
+        if self.angle_cap is not None and self.angle_cap < 180:
+            limits.append(math.tan(math.radians(self.angle_cap) / 2))
+        if self.spectral_clip is not None:
+            limits.append(float(self.spectral_clip))
+        return min(limits) if limits else None
+
+    # ---------------------------------------------------------------- which layers
+
+    def select(self, model: nn.Module) -> Selection:
+        """The layers of ``model`` that these settings rotate, each with its block size.
+
+        Raises ConfigError if nothing matches, or if a chosen layer is of a kind that cannot be rotated.
+        """
+        chosen: list[LayerChoice] = []
+        skipped: dict[str, str] = {}
+        attention_children = _projections_of_attention(model)
+        saved = [n for n, m in model.named_modules() if n and _saved_whole(self.modules_to_save, n) and _has_parameters(m)]
+        saved = [n for n in saved if not any(n.startswith(other + ".") for other in saved)]
+        for name, module in model.named_modules():
+            if not name or not self._wanted(name, module):
+                continue
+            if _saved_whole(self.modules_to_save, name):
+                skipped[name] = "trained whole (modules_to_save)"
+                continue
+            if not _has_own_weight(module):
+                continue
+            if name in attention_children:
+                raise _refused(name, module, "torch's MultiheadAttention does not call its projection layers")
+            choice = self._choose(name, module)
+            if isinstance(choice, str):
+                skipped[name] = choice
+            else:
+                chosen.append(choice)
+        if not chosen and not saved:
+            have = [n for n, m in model.named_modules() if _kind(m) == "linear"]
+            raise ConfigError(
+                "No layer of this model matches 'target_modules'", found=repr(self.target_modules),
+                expected="names of layers such as " + ", ".join(have[:3]) if have else "a model with linear layers",
+                hint="; ".join(f"{k}: {v}" for k, v in list(skipped.items())[:3]) or None,
+            )
+        missing = [m for m in self.modules_to_save or [] if not any(_saved_whole([m], n) for n in saved)]
+        if missing:
+            raise ConfigError("'modules_to_save' names modules that the model does not have", found=", ".join(missing))
+        return Selection(self, chosen, skipped, saved, self._biases(model, chosen, saved))
+
+    def _biases(self, model: nn.Module, chosen: list[LayerChoice], saved: list[str]) -> list[str]:
+        if self.bias == "none":
+            return []
+        if self.bias == "oft_only":
+            modules = dict(model.named_modules())
+            return [c.name for c in chosen if getattr(modules[c.name], "bias", None) is not None]
+        return [
+            n for n, m in model.named_modules()
+            if n and getattr(m, "bias", None) is not None and hasattr(m.bias, "shape") and not _saved_whole(saved, n)
+        ]
+
+    def _wanted(self, name: str, module: nn.Module) -> bool:
+        if self.exclude_modules and _matches(self.exclude_modules, name):
+            return False
+        conv = self.conv_modules
+        if conv and _is_conv(module) and (conv == "all-conv" or _matches(conv, name)):
+            return True
+        target = self.target_modules
+        if not target:
+            return False
+        if isinstance(target, str):
+            if target.lower() == ALL_LINEAR:
+                return _kind(module) == "linear"
+            return re.fullmatch(PRESETS.get(target, target), name) is not None
+        return _matches(target, name) and self._layer_number_wanted(name)
+
+    def _layer_number_wanted(self, name: str) -> bool:
+        wanted = self.layers_to_transform
+        if wanted is None or isinstance(wanted, (list, tuple)) and not wanted:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else list(self.layers_pattern or [])
+        # As PEFT: the first number in the name counts, or the one behind the named list.
+        tries = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        for t in tries:
+            match = re.match(t, name)
+            if match:
+                return int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+        return False
+
+    def _choose(self, name: str, module: nn.Module) -> LayerChoice | str:
+        """The choice for one layer, or the reason why it stays as it is. Raises ConfigError for a kind that cannot be rotated."""
+        kind = _kind(module)
+        if kind is None:
+            raise _refused(name, module, _why_not(module))
+        rows, columns = _sizes(module, kind, self.fan_in_fan_out)
+        if kind == "conv" and self.side == "input" and getattr(module, "groups", 1) != 1:
+            raise _refused(name, module, "a grouped convolution has no common input side")
+        length = columns if self.side == "input" else rows
+        r = next((v for p, v in self.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({p})", name)), self.r)
+        if r:
+            count = nearest_divisor(length, r)
+            wanted, block = (length / r), length // count
+        else:
+            block = nearest_divisor(length, self.oft_block_size)
+            wanted = self.oft_block_size
+        if block < 2:
+            return f"width {length} has no block size near {wanted:g}"
+        return LayerChoice(
+            name=name, kind=kind, side=self.side, length=length, rows=rows, block=block, count=length // block,
+            stored=1 if self.block_share else length // block, wanted=wanted,
+            transposed=kind == "linear" and (self.fan_in_fan_out or _is_conv1d_of_transformers(module)),
+        )
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One layer to rotate.
+
+    length: of the rotated axis (input: in, or in*kh*kw; output: out).   rows: output size.   block, count: block size and number.
+    stored: blocks with parameters of their own (1 with block_share).   wanted: the block size that was asked for.
+    transposed: the weight is stored as (in, out).
+    """
+
+    name: str
+    kind: str
+    side: str
+    length: int
+    rows: int
+    block: int
+    count: int
+    stored: int
+    wanted: float
+    transposed: bool = False
+
+    @property
+    def adjusted(self) -> bool:
+        return self.block != self.wanted
+
+    @property
+    def parameters(self) -> int:
+        return self.stored * self.block * (self.block - 1) // 2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of one model is trained: rotated layers, modules trained whole, biases; and what was left out, with the reason."""
+
+    config: OFTConfig
+    layers: list[LayerChoice]
+    skipped: dict[str, str]
+    modules_to_save: list[str]
+    biases: list[str]
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained rotation parameters."""
+        return sum(c.parameters for c in self.layers)
+
+    def adjusted(self) -> list[LayerChoice]:
+        """Layers whose block size is not the one asked for, because it does not divide their width."""
+        return [c for c in self.layers if c.adjusted]
+
+    def report(self) -> str:
+        """A few lines for people."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        sizes: dict[int, int] = {}
+        for c in self.layers:
+            sizes[c.block] = sizes.get(c.block, 0) + 1
+        blocks = ", ".join(f"{n} with blocks of {b}" for b, n in sorted(sizes.items()))
+        yield f"{len(self.layers)} layers ({blocks}), {self.parameters:,} parameters"
+        changed: dict[tuple[float, int, int], list[str]] = {}
+        for c in self.adjusted():
+            changed.setdefault((c.wanted, c.block, c.length), []).append(c.name)
+        for (wanted, block, length), names in changed.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"Block size {wanted:g} does not divide width {length}: {block} is used in {names[0]}{more}"
+        for name, reason in self.skipped.items():
+            yield f"Left out: {name} ({reason})"
+        if self.modules_to_save:
+            yield f"Trained whole: {', '.join(self.modules_to_save)}"
+        if self.biases:
+            yield f"{len(self.biases)} biases are trained"
+        yield from self.config.remarks()
+
+
+def nearest_divisor(length: int, wanted: int) -> int:
+    """The divisor of ``length`` nearest to ``wanted``, the smaller one of two equally near, as PEFT chooses it."""
+    if wanted >= length:
+        return length
+    higher = wanted
+    while length % higher:
+        higher += 1
+    lower = wanted
+    while length % lower:
+        lower -= 1
+    return lower if wanted - lower <= higher - wanted else higher
+
+
+def _matches(patterns: Sequence[str] | str, name: str) -> bool:
+    """PEFT's rule: a regular expression over the whole name, or a list of names and endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _saved_whole(modules: Sequence[str] | None, name: str) -> bool:
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in modules or ())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None or "qweight" in dict(module.named_buffers(recurse=False))
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _kind(module: nn.Module) -> str | None:
+    """``linear`` (also quantised ones that only have in_features and out_features), ``conv``, or None."""
+    if _is_conv(module):
+        return "conv"
+    if isinstance(module, nn.Bilinear):
+        return None
+    if isinstance(module, nn.Linear) or _is_conv1d_of_transformers(module):
+        return "linear"
+    own = isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
+    return "linear" if own and _has_own_weight(module) else None
+
+
+def _sizes(module: nn.Module, kind: str, fan_in_fan_out: bool) -> tuple[int, int]:
+    """(output size, size of the flattened input side)."""
+    if kind == "conv":
+        return module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size)
+    if _is_conv1d_of_transformers(module):
+        return module.nf, module.weight.shape[0]
+    if fan_in_fan_out and not isinstance(module, nn.Linear):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+def _projections_of_attention(model: nn.Module) -> set[str]:
+    return {
+        f"{name}.out_proj" if name else "out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
+    }
+
+
+def _why_not(module: nn.Module) -> str:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "word embeddings are left alone (to teach a new word is textual inversion's work)"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "transposed convolutions are not supported"
+    return "only linear layers and convolutions can be rotated"
+
+
+def _refused(name: str, module: nn.Module, why: str) -> ConfigError:
+    return ConfigError(
+        f"This layer cannot be rotated: {why}", module=name, found=type(module).__name__, expected="a linear layer or convolution",
+        hint="Leave it out with 'exclude_modules', or choose others with 'target_modules'.",
+    )
