@@ -19,7 +19,8 @@ from ..rotation import block_size_of, pack_skew
 class ReadOptions:
     """What tensors alone cannot tell; ``auto`` follows metadata, then the documented default.
 
-    allow_pickle: read .bin/.pt files (with ``weights_only=True``).   peft_neumann: ``old`` (PEFT 0.16-0.17) or ``new`` series.
+    allow_pickle: read .bin/.pt files (with ``weights_only=True``).   peft_neumann: series of ``oft_R`` files,
+    ``old`` (PEFT 0.16-0.17, OneTrainer until 2025-11-15) or ``new``.
     alpha_rule: limit of ``oft_blocks`` files, ``scaled`` (alpha times output size) or ``raw`` (ComfyUI's trainer).
     scaled_divisor: of ``scaled_oft`` files, ``new`` 2 sqrt(b-1) or ``old`` sqrt(b(b-1)/2) (fork files before March 2026).
     rotate_bias: kohya files of 2023 rotated the bias as well while training; default off, as that tool's own merge.

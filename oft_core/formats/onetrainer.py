@@ -16,6 +16,8 @@ from .common import Maker, Module, Piece, block_count, conv_like, frobenius, tru
 
 #: OneTrainer dropped COFT on this day; its configs up to then may switch it on.
 COFT_EPS = 1e-4
+#: Its first two days built the series as PEFT 0.16-0.17 does.
+NEW_SERIES_SINCE = "2025-11-16"
 #: Until this day fork files with the ``scaled_oft`` marker divided by sqrt(b(b-1)/2).
 SCALED_SINCE = "2026-03-04"
 
@@ -24,6 +26,18 @@ def flag(module: Module, suffix: str) -> bool:
     """A stored marker: present and not false (an empty tensor counts as set)."""
     t = module.tensors.get(suffix)
     return t is not None and (t.numel() == 0 or bool(t.reshape(-1)[0]))
+
+
+def old_series(module: Module) -> bool:
+    """Whether the series has 2 as its last coefficient: by option, else by OneTrainer's date."""
+    context = module.context
+    if context.options.peft_neumann != "auto":
+        return context.options.peft_neumann == "old"
+    date = context.metadata.get("modelspec.date", "")
+    if "" < date < NEW_SERIES_SINCE and any(k.startswith("ot_") for k in context.metadata):
+        context.note("The series of OneTrainer's first two days, by the file's date (read option peft_neumann).")
+        return True
+    return False
 
 
 def divisor(module: Module, b: int) -> float:
@@ -42,7 +56,7 @@ def divisor(module: Module, b: int) -> float:
     return 2 * math.sqrt(b - 1)
 
 
-def coft_limit(module: Module, packed: torch.Tensor) -> Constraint | None:
+def coft_limit(module: Module, packed: torch.Tensor, conv: bool) -> Constraint | None:
     """eps / sqrt(blocks) per block, if the file's flags or training config switch COFT on."""
     eps = None
     if "oft_coft_metadata" in module:
@@ -55,7 +69,7 @@ def coft_limit(module: Module, packed: torch.Tensor) -> Constraint | None:
             eps = 6e-5 if eps is None else eps
     else:
         config = module.context.json("ot_config")
-        if truth(config.get("oft_coft")):
+        if truth(config.get("oft_coft")) and not conv:  # OneTrainer projected linear layers only
             eps = float(config.get("coft_eps", COFT_EPS))
     if eps is None:
         return None
@@ -68,19 +82,18 @@ def read_oft_v2(module: Module) -> Maker:
     packed, b = module.packed("oft_rotation.weight" if takenoko else "oft_R.weight")
     stored = packed.shape[1]
     exponential = "oft_R.cans_exp" in module
-    kind, terms = "neumann", 5
+    kind, terms = ("neumann_old" if old_series(module) else "neumann"), 5
     if exponential:
         kind = "expm"
     elif flag(module, "oft_R.cans_oft"):
         kind = "cayley"
     if takenoko:
         use = module.number("oft_use_cayley_neumann_buffer")
-        kind = "neumann" if use is None or use else "cayley"
+        kind = kind if use is None or use else "cayley"
         terms = int(module.number("oft_num_cayley_neumann_terms_buffer") or 5)
     direction = -1.0 if takenoko and kind == "cayley" else 1.0
     clip = module.number("oft_R.clipped_oft")
     ratio, norm_of = dora_factor(module)
-    limited = coft_limit(module, packed)
     added = lokr_delta(module)
 
     def make(shape: Sequence[int] | None) -> list[Piece]:
@@ -93,8 +106,7 @@ def read_oft_v2(module: Module) -> Maker:
         sign = direction * (-1.0 if conv else 1.0)
         rotation = LayerRotation(
             "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
-            # Training projected linear layers only.
-            constraint=None if conv or limited is None else limited,
+            constraint=coft_limit(module, packed, conv),
             clip=clip, row_scale=ratio, norm_of=norm_of, added=added,
         )
         return [Piece(rotation)]

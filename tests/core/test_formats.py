@@ -179,6 +179,33 @@ def test_scaled_divisor_by_date(date: str, choice: str, divisor: float) -> None:
     close(got, W.double() @ torch.block_diag(*n5(skew(PACKED, 4) / divisor)).T)
 
 
+@pytest.mark.parametrize(("date", "old"), [("2025-11-14", True), ("2025-11-15T10:00:00", True), ("2025-11-16", False), ("", False)])
+def test_series_of_the_first_days_of_onetrainer(date: str, old: bool) -> None:
+    q = skew(PACKED, 4)
+    r = n5(q) + (q @ q @ q @ q if old else 0)
+    got = merged(SAMPLES["F11"][0], W, metadata={"ot_branch": "master"} | ({"modelspec.date": date} if date else {}))
+    close(got, W.double() @ torch.block_diag(*r).T)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("source", ["onetrainer", "musubi"])
+def test_coft_of_oft_v2_files(source: str, conv: bool) -> None:
+    eps = 0.1
+    tensors = dict(SAMPLES["F11"][0])
+    metadata = {}
+    if source == "onetrainer":
+        metadata["ot_config"] = json.dumps({"oft_coft": True, "coft_eps": eps})
+    else:
+        tensors |= {f"lora_unet_{U}.oft_coft_metadata": torch.tensor(1.0), f"lora_unet_{U}.coft_eps_metadata": torch.tensor(eps)}
+    q = skew(PACKED, 4)
+    limited = q * (eps / 2 / q.flatten(1).norm(dim=1)).clamp_max(1)[:, None, None]  # sqrt of four blocks
+    if source == "onetrainer" and conv:
+        limited = q  # OneTrainer projected linear layers only
+    r = torch.block_diag(*n5(limited))
+    base = W.view(OUT, 4, 2, 2) if conv else W
+    close(merged(tensors, base, metadata=metadata).reshape(OUT, IN), W.double() @ (r if conv else r.T))
+
+
 def test_dora_without_initial_norm_uses_the_base_row_norms() -> None:
     scale = torch.exp(rand(OUT, seed=3)) * 4
     tensors = SAMPLES["F11"][0] | {f"lora_unet_{U}.dora_scale": scale.view(-1, 1)}
