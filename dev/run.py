@@ -59,13 +59,15 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     test = commands.add_parser("test", help="lint and run all tests")
     test.add_argument("pytest_args", nargs="*", help="passed to pytest, for example: -- -k names")
+    pytest_args: list[str] = []
+    if argv[:1] == ["test"] and argv[1:2] not in (["-h"], ["--help"]):
+        # Everything else is pytest's, options included; argparse would sort options and words apart.
+        argv, pytest_args = argv[:1], [a for a in argv[1:] if a != "--"]
     demo = commands.add_parser("demo", help="draw a sheet of pictures in a real ComfyUI")
     demo.add_argument("--serve", action="store_true", help="keep ComfyUI running until Ctrl-C")
     demo.add_argument("--port", type=int, default=0, help="port of the page (default: any free one)")
     demo.add_argument("--out", type=Path, help="where to put the sheet (default: in the cache folder)")
-    options, more = parser.parse_known_args(argv)
-    if more and options.command != "test":
-        parser.error("unknown option: " + " ".join(more))
+    options = parser.parse_args(argv)
 
     from dev.host import Host, InstallError, cache_dir, ensure_models
 
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
         host = Host(cache_dir()).install()
         models = ensure_models(host.python, host.tree, host.cache, lambda text: print(text, flush=True))
         if options.command == "test":
-            return run_tests(host, [*more, *options.pytest_args])
+            return run_tests(host, pytest_args)
     except InstallError as fault:
         print(fault, flush=True)
         return 1

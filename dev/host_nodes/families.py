@@ -228,9 +228,9 @@ def taesd_state(family: str, seed: int = 0, prefix: str = "") -> dict[str, torch
     """fp32 state dict of a tiny autoencoder in the layout that VAELoader recognises.
 
     The weights are designed rather than random, so that pictures are smooth colour fields inside the visible
-    range and differences between latents stay visible: every latent channel is a colour direction, the three up
-    and down steps blur, and the residual branches only add a little texture. Positive and negative parts of
-    a channel travel in two channels of their own, since there is a ReLU behind every block.
+    range and differences between latents stay visible: every latent channel is a colour direction, the
+    three up and down steps blur, and the residual branches only add a little texture. Positive and negative
+    parts of a channel travel in two channels of their own, since there is a ReLU behind every block.
     """
     latents = LATENT_CHANNELS[family]
     with torch.device("meta"):
