@@ -15,9 +15,12 @@ from .errors import printable
 from .formats import DIALECTS
 from .layer import Diff, LayerRotation
 from .names import guess_family
+from .rotation import lambdas, orthogonality_error, transform, unpack_skew
 
-#: Above this block size exact angles of every plane are costly, so that mean and largest angle are estimated (marked "about").
-_EXACT_UP_TO = 512
+#: Above this many numbers times block size, every plane's angle would take minutes; angles are then estimated (marked "about").
+_EXACT_WORK = 10**10
+#: Blocks that an estimate looks at: the strongest one of as many layers.
+_STRONGEST = 16
 _TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger", "trigger_words", "ss_trigger", "instance_prompt")
 _SHOWN_METADATA = (
     "ss_output_name", "ss_base_model_version", "ss_sd_model_name", "ss_network_module", "ss_network_dim", "ss_network_alpha",
@@ -94,7 +97,7 @@ class Report:
         if self.max_angle is not None:
             lines.append(f"Largest angle {about}{self.max_angle:.2f}°, mean {about}{self.mean_angle:.2f}°.")
         if self.orthogonality_error is not None:
-            lines.append(f"Orthogonality error {self.orthogonality_error:.1e}.")
+            lines.append(f"Orthogonality error {about}{self.orthogonality_error:.1e}.")
         if self.constraint is not None:
             active = f"active in {self.limits_active} layers" if self.limits_active else "not active"
             lines.append(f"COFT: {self.constraint}; {100 * self.radius_in_use:.0f} % of the radius in use at most, {active}.")
@@ -114,7 +117,8 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
     operations = _operations(adapter, binding)
     rotations = [op for ops in operations.values() for op in ops if isinstance(op, LayerRotation)]
     warnings: list[str] = []
-    top, mean, estimated = _angles(rotations, strength)
+    measures = _measure(rotations, strength)
+    top = measures.top
     limits = [r.constraint for r in rotations if r.constraint is not None]
     uses = [c.use() for c in limits]
     diverging = [
@@ -142,7 +146,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         file=adapter.name, dialect=adapter.dialect, title=adapter.title, reason=adapter.reason,
         side="input" if sides == {True} else "output", layers=len(adapter.entries), components=_components(adapter, binding),
         block_sizes=dict(Counter(r.block for r in rotations)), kinds=sorted({r.kind for r in rotations}),
-        max_angle=top, mean_angle=mean, angles_estimated=estimated, orthogonality_error=_orthogonality(rotations),
+        max_angle=top, mean_angle=measures.mean, angles_estimated=measures.estimated, orthogonality_error=measures.error,
         constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses else None,
         limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
         base_model=_base_model(adapter), trigger_words=_triggers(adapter),
@@ -183,24 +187,50 @@ def _lam(r: LayerRotation, strength: Strength | None) -> float:
     return float((r.largest_lam() * limit).max())
 
 
-def _angles(rotations: list[LayerRotation], strength: Strength | None) -> tuple[float | None, float | None, bool]:
-    """(largest, mean, estimated) in degrees over all planes."""
+@dataclass(frozen=True)
+class _Measures:
+    """Angles in degrees and orthogonality error; estimated: from the strongest blocks and the norms of all."""
+
+    top: float | None = None
+    mean: float | None = None
+    estimated: bool = False
+    error: float | None = None
+
+
+def _measure(rotations: list[LayerRotation], strength: Strength | None) -> _Measures:
     if not rotations:
-        return None, None, False
-    top, total, planes, estimated = 0.0, 0.0, 0, False
-    for r in rotations:
-        if r.block <= _EXACT_UP_TO or r.kind == "matrix":
-            angle = r.angles(strength)
-            top, total, planes = max(top, float(angle.max())), total + float(angle.sum()), planes + angle.numel()
-        else:
-            # Root mean square of lam from the Frobenius norm; its spread in random generators reaches about twice that.
-            limit = r._limit(Strength(1.0, "rotation", "file"), "cpu").expand(r.stages, r.stored)
-            rms = (2 * r.generator.double().square().sum(-1) / r.block).sqrt() * limit
-            estimated = True
-            top = max(top, float(2 * torch.atan(2 * rms).max()))
-            total += float(2 * torch.atan(rms).sum()) * r.block
-            planes += rms.numel() * r.block
-    return math.degrees(top), math.degrees(total / planes), estimated
+        return _Measures()
+    if sum(r.stages * r.stored * r.block**3 for r in rotations) > _EXACT_WORK:
+        heavy = [r for r in rotations if r.kind != "matrix"]
+        return _estimate(heavy, strength) if heavy else _Measures()
+    angles = torch.cat([r.angles(strength).flatten() for r in rotations])
+    error = max(r.orthogonality_error() for r in rotations)
+    return _Measures(math.degrees(float(angles.max())), math.degrees(float(angles.mean())), False, error)
+
+
+def _estimate(rotations: list[LayerRotation], strength: Strength | None) -> _Measures:
+    """For files whose planes would take minutes: the mean from the root mean square of lam, the rest from the strongest blocks."""
+    # Degrees as a limit would need every plane's lam; the file's own limit is close enough here.
+    coft = "off" if strength is not None and strength.coft == "off" else "file"
+    total, planes = 0.0, 0
+    strongest: list[tuple[float, int, int]] = []
+    scaled: list[torch.Tensor] = []
+    for i, r in enumerate(rotations):
+        limit = r._limit(Strength(1.0, "rotation", coft), "cpu").expand(r.stages, r.stored)
+        packed = (r.generator.double() * limit.unsqueeze(-1)).flatten(0, 1)
+        rms = (2 * packed.square().sum(-1) / r.block).sqrt()
+        total += float(transform(r.kind, r.terms).angle(rms).sum()) * r.block
+        planes += rms.numel() * r.block
+        best = int(rms.argmax())
+        strongest.append((float(rms[best]), i, r.block))
+        scaled.append(packed[best])
+    top = error = 0.0
+    for _, i, block in sorted(strongest, reverse=True)[:_STRONGEST]:
+        kind = transform(rotations[i].kind, rotations[i].terms)
+        q = unpack_skew(scaled[i], block)
+        top = max(top, float(kind.angle(lambdas(q)).max()))
+        error = max(error, float(orthogonality_error(kind.matrix(q).float().double())))
+    return _Measures(math.degrees(top), math.degrees(total / planes), True, error)
 
 
 def _reach(top: float, strength: Strength) -> float:
@@ -208,11 +238,6 @@ def _reach(top: float, strength: Strength) -> float:
     if strength.mode == "geodesic":
         return s * top
     return math.degrees(2 * math.atan(s * math.tan(math.radians(min(top, 179.9)) / 2)))
-
-
-def _orthogonality(rotations: list[LayerRotation]) -> float | None:
-    """Largest error at strength 1; very large blocks are left out, as for the angles."""
-    return max((r.orthogonality_error() for r in rotations if r.block <= _EXACT_UP_TO), default=None)
 
 
 def _base_model(adapter: Adapter) -> str:

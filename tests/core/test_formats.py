@@ -476,3 +476,15 @@ def test_hostile_names_and_metadata_are_shown_harmlessly() -> None:
         adapter.bind(NameIndex({f"{Q}.weight": W.shape}))
     for shown in (text, str(error.value)):
         assert len(shown) < 4000 and all(c.isprintable() or c == "\n" for c in shown)
+
+
+@pytest.mark.parametrize("dialect", ["F1", "F9", "F10"])
+def test_estimated_measures_are_close(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, kw = SAMPLES[dialect]
+    exact = describe(read_tensors(tensors, **kw))
+    monkeypatch.setattr("oft_core.report._EXACT_WORK", 0)
+    rough = describe(read_tensors(tensors, **kw))
+    assert rough.angles_estimated and not exact.angles_estimated and "about" in rough.to_text()
+    assert rough.max_angle == pytest.approx(exact.max_angle, rel=0.2)
+    assert rough.mean_angle == pytest.approx(exact.mean_angle, rel=0.3)
+    assert rough.orthogonality_error == pytest.approx(exact.orthogonality_error, rel=0.9, abs=1e-6)
