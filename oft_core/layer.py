@@ -517,15 +517,16 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
         out[i] = _built(layer, m, strength, target)
     for (block, kind, terms), members in groups.items():
         make = transform(kind, terms).matrix
-        limit = [
-            (layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored).reshape(-1, 1) for i in members
-        ]
-        flat = torch.cat([layers[i].generator.to(where, torch.float64).flatten(0, 1) * f for i, f in zip(members, limit, strict=True)])
+        limit = [(layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored) for i in members]
+        factors = torch.cat([f.reshape(-1, 1) for f in limit])
+        packed = [layers[i].generator.to(where).flatten(0, 1) for i in members]
+        flat = packed[0] if len(packed) == 1 else torch.cat(packed)
         # Written into float32 part by part, so that the float64 copies stay small.
         result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=where)
         at = 0
         for part in _portions(flat, block):
-            result[at : at + len(part)] = make(unpack_skew(part, block))
+            scale = factors[at : at + len(part)]
+            result[at : at + len(part)] = make(unpack_skew(part.double() * scale, block))
             at += len(part)
         at = 0
         for i in members:

@@ -40,10 +40,15 @@ def cayley(q: Tensor) -> Tensor:
 
     (I - q)^-1 = (I - q^2)^-1 (I + q) and I - q^2 = I + q^T q is positive definite, so one Cholesky factor does it.
     """
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    gram = q.transpose(-1, -2) @ q
+    gram.diagonal(dim1=-2, dim2=-1).add_(1)
     # _ex: no host synchronisation; the matrix is positive definite for every finite q, so there is nothing to check.
-    factor, _ = torch.linalg.cholesky_ex(eye + q.transpose(-1, -2) @ q)
-    return 2 * torch.cholesky_solve(eye + q, factor) - eye
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    right = q.clone()
+    right.diagonal(dim1=-2, dim2=-1).add_(1)
+    r = 2 * torch.cholesky_solve(right, factor)
+    r.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return r
 
 
 def neumann_coefficients(terms: int, old: bool = False) -> list[float]:
