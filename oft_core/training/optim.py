@@ -1,0 +1,102 @@
+"""Optimizers by name, imported only when chosen, and learning-rate schedules as plain functions of the step."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One optimizer: where its class is found, and the pip package that brings it."""
+
+    module: str
+    name: str
+    package: str
+    text: str
+    #: arguments that fit small rotation parameters, unless the user gives others
+    defaults: tuple[tuple[str, object], ...] = ()
+    decay: bool = True
+
+
+OPTIMIZERS: dict[str, Choice] = {
+    "adamw": Choice("torch.optim", "AdamW", "torch", "The safe choice."),
+    "adamw8bit": Choice("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", "AdamW with 8-bit state; saves little with small blocks."),
+    "prodigy": Choice(
+        "prodigyopt", "Prodigy", "prodigyopt", "Finds the learning rate itself; set the learning rate to 1.",
+        (("safeguard_warmup", True), ("use_bias_correction", True)),
+    ),
+    "adafactor": Choice("torch.optim", "Adafactor", "torch (2.5 or newer)", "AdamW with less state."),
+    "came": Choice("came_pytorch", "CAME", "came-pytorch", "Adafactor with a confidence measure."),
+    "lion": Choice("lion_pytorch", "Lion", "lion-pytorch", "Sign updates; use a third of AdamW's learning rate."),
+    "schedulefree": Choice(
+        "schedulefree", "AdamWScheduleFree", "schedulefree", "AdamW that needs no schedule; use with the constant schedule."
+    ),
+}
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_optimizer(
+    name: str, groups: Sequence[Mapping[str, object]], lr: float, weight_decay: float = 0.0, **arguments: object
+) -> torch.optim.Optimizer:
+    """The optimizer ``name`` for parameter groups ({"params": [...], "lr": ...}).
+
+    Raises ConfigError for an unknown name or argument, TrainingError naming the pip package if it is not installed.
+    """
+    choice = OPTIMIZERS.get(name)
+    if choice is None:
+        raise ConfigError("Unknown optimizer", found=repr(name), expected=" or ".join(OPTIMIZERS))
+    try:
+        cls = getattr(importlib.import_module(choice.module), choice.name)
+    except (ImportError, AttributeError) as error:
+        raise TrainingError(
+            f"The optimizer '{name}' needs the package {choice.package}", found=str(error),
+            hint=f"Install it into ComfyUI's Python (pip install {choice.package.split()[0]}), or choose adamw.",
+        ) from error
+    settings = {"lr": lr, "weight_decay": weight_decay, **dict(choice.defaults), **arguments}
+    try:
+        return cls([dict(g) for g in groups], **settings)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"The optimizer '{name}' does not take these arguments", found=f"{settings}: {error}") from error
+
+
+def schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:
+    """Factor of the learning rate at step 0, 1, ...: a linear rise over ``warmup`` steps, then constant, or down to 0 at ``steps``."""
+    if name not in SCHEDULES:
+        raise ConfigError("Unknown schedule", found=repr(name), expected=" or ".join(SCHEDULES))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if name == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def averaged_values(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor] | None:
+    """Copies of the parameters that a schedule-free optimizer would evaluate with; None for other optimizers.
+
+    The parameters are put back bit for bit: its own switching back and forth would round.
+    """
+    if not hasattr(optimizer, "eval") or not hasattr(optimizer, "train"):
+        return None
+    before = [p.detach().clone() for p in named.values()]
+    flags = [g.get("train_mode") for g in optimizer.param_groups]
+    optimizer.eval()
+    out = {n: p.detach().clone() for n, p in named.items()}
+    with torch.no_grad():
+        for p, old in zip(named.values(), before, strict=True):
+            p.copy_(old)
+    for g, flag in zip(optimizer.param_groups, flags, strict=True):
+        g["train_mode"] = flag
+    return out
