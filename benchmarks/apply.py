@@ -51,6 +51,8 @@ QUICK = [(320, 320), (1280, 1280), (1280, 2048), (10240, 1280), (3072, 3072)]
 BLOCKS = [16, 32, 64, 128, 320]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIB = 1 << 20
+#: Block size from which torch's batched LU cannot be trusted on a CPU with two or more threads.
+LU_TRAP = 145
 
 
 @dataclass
@@ -226,11 +228,13 @@ def measure(cell: Cell, peers: Peers, repeat: int, budget: float, memory: bool) 
         "ours": lambda: op.apply_(ours, strength, rotation=built),
         "ours_build": lambda: op.apply_(ours_build, strength),
     }
-    if exact and peers.core is not None:
+    # Their batched inverse hangs, raises or lies there (pytorch issues 141358, 142815), and would take this process with it.
+    trapped = cell.threads > 1 and n > 1 and b >= LU_TRAP
+    if exact and peers.core is not None and not trapped:
         runs["core"] = peers.run_core(weight(), stored)
         # One column: the rotation is built, next to nothing is multiplied.
         runs["core_rotation"] = peers.run_core(torch.randn(cell.shape[0], 1), stored)
-    if exact and peers.lycoris:
+    if exact and peers.lycoris and not trapped:
         runs["lycoris"] = peers.run_lycoris(weight(), stored)
     if not exact and peers.peft:
         runs["peft"] = peers.run_peft(weight(), packed)
@@ -336,6 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Machine: {machine}; " + ", ".join(f"{name} {version}" for name, version in peers.versions.items()))
     for notice in peers.notices:
         print(f"Notice: {notice}")
+    if max(args.threads) > 1 and max(args.blocks) >= LU_TRAP:
+        print(f"Notice: with more threads than one and blocks of {LU_TRAP} or more, ComfyUI core and LyCORIS are left out: "
+              "the batched inverse that they call hangs or fails there")
     print("\nTimes as multiples of memcpy of the same tensor; extra memory beyond the weight and the stored adapter.\n")
     print(heading())
     cells: list[Cell] = []
