@@ -9,6 +9,7 @@ nothing. A change of the constraints file, the recipe or the Python version star
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 DEV = Path(__file__).resolve().parent
@@ -57,6 +58,36 @@ def _log_tail(log: Path, lines: int = 25) -> str:
     return "\n".join("    " + line for line in text.splitlines()[-lines:])
 
 
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Hold the cache for this process; a second run waits. The system frees it when a process dies."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "a+b") as file:
+        if os.name == "nt":
+            import msvcrt
+
+            def take() -> None:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            def take() -> None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        waiting = False
+        while True:
+            try:
+                take()
+                break
+            except OSError:
+                if not waiting:
+                    _say(f"Another run is working in {cache}; waiting for it ...")
+                waiting = True
+                time.sleep(1)
+        yield  # closing the file gives it back
+
+
 class Host:
     """The installed parts: `python` (interpreter), `tree` (ComfyUI), `models` (tiny model files)."""
 
@@ -90,6 +121,10 @@ class Host:
     # --- steps ---
     def install(self) -> Host:
         """Bring everything into place. Raises InstallError."""
+        with _alone(self.cache):
+            return self._install()
+
+    def _install(self) -> Host:
         steps: list[tuple[str, str, Callable[[Path], None]]] = [
             ("venv", "Making a virtual environment", self._make_venv),
             ("torch", "Installing PyTorch (the largest download)", self._install_torch),
@@ -235,6 +270,11 @@ def ensure_models(
     python: Path | str, host_dir: Path, cache: Path, say: Callable[[str], None] = lambda _: None
 ) -> Path:
     """The folder of tiny model files, made on first use and again when the code that makes them changes."""
+    with _alone(cache):
+        return _ensure_models(python, host_dir, cache, say)
+
+
+def _ensure_models(python: Path | str, host_dir: Path, cache: Path, say: Callable[[str], None]) -> Path:
     sources = [DEV / "tiny_models.py", DEV / "host_nodes" / "families.py"]
     key = hashlib.sha256(b"\0".join(s.read_bytes() for s in sources)).hexdigest()[:16]
     models, mark = cache / "models", cache / "models" / "made-by"
