@@ -79,7 +79,7 @@ def run_demo(server: ComfyServer, models: Path, out: Path) -> None:
     """Draw all pictures over HTTP and save the sheet."""
     client = server.client()
     checkpoint = models / "checkpoints" / "tiny_sd15.safetensors"
-    layers = write_random_oft(checkpoint, server.models / "oft" / OFT_FILE, degrees=45)
+    layers = write_random_oft(checkpoint, server.models / "oft" / OFT_FILE, degrees=25)
     print(f"Made {OFT_FILE}: random rotations for {layers} layers of a tiny SD1.5 model.", flush=True)
 
     def draw(mode: str | None, strength: float) -> tuple[np.ndarray, str]:
