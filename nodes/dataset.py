@@ -1,0 +1,404 @@
+"""The node that gathers training pictures: OFT Dataset.
+
+A set knows where its pictures are, how each is fitted to its size bucket, and its captions. Latents and text
+embeddings depend on the model and are made by the training node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw
+
+from ..oft_core.training import ConfigError, Record, data
+from . import compat
+
+CATEGORY = "OFT/training"
+NO_FOLDER = "(none)"
+TRIGGER = "[trigger]"
+OFTDataset = io.Custom("OFT_DATASET")
+
+TIPS = {
+    "pictures": (
+        "The pictures to learn from: one IMAGE batch, or a list of pictures of any sizes. Leave it unconnected "
+        "to use a folder."
+    ),
+    "masks": (
+        "Where to learn: white counts, black does not. One mask for every picture, in their order. In folders, "
+        "the transparency of a picture is its mask: transparent parts do not count."
+    ),
+    "folder": (
+        "A folder inside ComfyUI's input folder. A text file of the same name beside a picture is its caption. "
+        "Press R after adding a folder."
+    ),
+    "captions": (
+        "One caption a line, in the order of the pictures (folders: sorted by name). Empty lines, and pictures "
+        "without a line, take the instance prompt. Goes before text files in a folder."
+    ),
+    "instance_prompt": (
+        "The caption of every picture that has none of its own. [trigger] stands for the trigger word."
+    ),
+    "trigger": (
+        "A rare word for the subject, such as 'ohwx'. It is put in front of captions that do not have it. Empty: "
+        "captions stay as they are."
+    ),
+    "class_prompt": (
+        "What the subject is in general, such as 'a photo of a dog'. Used to keep the model's idea of that class "
+        "(prior preservation). Empty: none."
+    ),
+    "resolution": "Side of a square picture in pixels; other shapes get about the same area.",
+    "buckets": (
+        "On: every picture keeps nearly its own shape, and is fitted to the nearest of several sizes. Off: all "
+        "are cut to squares."
+    ),
+    "bucket_step": "Widths and heights are multiples of this many pixels. 64 suits every model.",
+    "repeats": "How often each picture is seen in one pass through the set.",
+    "flips": "Also show every picture mirrored. Not for faces, text and other things with a left and a right.",
+    "out_dataset": "The pictures with their captions and sizes, for Train OFT.",
+    "out_summary": "Numbers of pictures and sizes, captions, and remarks.",
+    "out_sheet": "All pictures as they are cut, with size, mask and caption.",
+}
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Training examples and where their pictures are.
+
+    records: what is shown, mirror images included.   pictures: name -> Pillow picture and mask ("L") or None, for
+    pictures that came over a link; others are files.   digest: changes when any pixel, mask or caption does.
+    """
+
+    records: tuple[Record, ...]
+    pictures: dict[str, tuple[Any, Any]]
+    class_prompt: str
+    trigger: str
+    resolution: int
+    digest: str
+    notes: tuple[str, ...]
+
+    def load(self, record: Record) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Picture (height, width, 3) and mask (height, width, 1) or None of a record, float32 0..1, fitted."""
+        if record.name not in self.pictures:
+            return data.load(record.name, record)
+        picture, mask = self.pictures[record.name]
+        image = data.to_tensor(data.fitted(picture, record.bucket, record.flip))
+        if mask is None:
+            return image, None
+        return image, data.to_tensor(data.fitted(mask, record.bucket, record.flip))
+
+    @property
+    def main_bucket(self) -> tuple[int, int]:
+        """The size that most pictures have, (width, height); the larger of two equally common ones."""
+        count = Counter(r.bucket for r in self.records)
+        return max(count, key=lambda b: (count[b], b[0] * b[1], b))
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def folder_choices() -> list[str]:
+    """Folders inside `input`, at most three deep, by their path with forward slashes."""
+    root = Path(folder_paths.get_input_directory())
+    found = []
+    for here, below, _ in os.walk(root):
+        inside = Path(here).relative_to(root)
+        below[:] = sorted(d for d in below if not d.startswith(".")) if len(inside.parts) < 3 else []
+        if inside.parts:
+            found.append(inside.as_posix())
+    return [NO_FOLDER, *found]
+
+
+def folder_path(name: str) -> Path:
+    """The folder called `name` inside `input`. Raises ConfigError if it leads elsewhere or does not exist."""
+    root = os.path.abspath(folder_paths.get_input_directory())
+    path = os.path.abspath(os.path.join(root, name))
+    if os.path.isabs(name) or os.path.commonpath((root, path)) != root:
+        raise ConfigError(
+            "The folder must lie inside ComfyUI's input folder", found=name, hint="Copy the pictures there."
+        )
+    if not os.path.isdir(path):
+        raise ConfigError(
+            "There is no such folder inside ComfyUI's input folder", found=name, hint="Press R on the page."
+        )
+    return Path(path)
+
+
+def _from_link(batches: list[torch.Tensor]) -> list[tuple[Any, Any]]:
+    """(picture, mask from its transparency or None) of every picture in IMAGE batches (n, h, w, 3 or 4)."""
+    out = []
+    for batch in batches:
+        for image in batch:
+            array = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
+            alpha = Image.fromarray(np.ascontiguousarray(array[..., 3])) if array.shape[-1] == 4 else None
+            if alpha is not None and alpha.getextrema()[0] == 255:
+                alpha = None
+            out.append((Image.fromarray(np.ascontiguousarray(array[..., :3])), alpha))
+    return out
+
+
+def _mask_pictures(masks: list[torch.Tensor]) -> list[Any]:
+    """Pillow "L" pictures of MASK batches (n, h, w) or single masks (h, w)."""
+    flat = [one for m in masks for one in (m if m.ndim == 3 else m.unsqueeze(0))]
+    return [
+        Image.fromarray((one.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()) for one in flat
+    ]
+
+
+def _caption(text: str, trigger: str) -> str:
+    text = " ".join(text.replace(TRIGGER, trigger).split())
+    if trigger and trigger not in text:
+        text = f"{trigger}, {text}" if text else trigger
+    return text
+
+
+def build(
+    *,
+    pictures: list[torch.Tensor] | None = None,
+    masks: list[torch.Tensor] | None = None,
+    folder: str = NO_FOLDER,
+    captions: list[str] | None = None,
+    instance_prompt: str = "",
+    trigger: str = "",
+    class_prompt: str = "",
+    resolution: int = 512,
+    buckets: bool = True,
+    bucket_step: int = 64,
+    repeats: int = 1,
+    flips: bool = False,
+) -> TrainingSet:
+    """Make a set. captions: one a picture, in order; shorter lists and empty ones fall back.
+
+    Raises ConfigError (no pictures, both sources, more captions or masks than pictures, unreadable files).
+    """
+    trigger = trigger.strip()
+    linked = pictures is not None
+    has_folder = folder not in ("", NO_FOLDER)
+    if linked == has_folder:
+        raise ConfigError(
+            "Connect pictures, or choose a folder" + (", not both" if linked else ""),
+            found="both" if linked else "neither",
+        )
+    if linked:
+        opened = _from_link(pictures)
+        names = [f"picture {i + 1}" for i in range(len(opened))]
+        beside = [""] * len(opened)
+    else:
+        paths = data.find_pictures(folder_path(folder))
+        names = [str(p) for p in paths]
+        opened = [data.open_picture(p) for p in paths]
+        beside = [data.caption_of(p) for p in paths]
+    if not opened:
+        raise ConfigError("There are no pictures to train on")
+    given = list(captions or [])
+    while given and not given[-1].strip():
+        given.pop()
+    if len(given) > len(opened):
+        raise ConfigError(
+            "There are more captions than pictures", found=len(given), expected=f"{len(opened)} or fewer"
+        )
+    given += [""] * (len(opened) - len(given))
+    if masks is not None:
+        drawn = _mask_pictures(masks)
+        if len(drawn) not in (1, len(opened)):
+            raise ConfigError(
+                "The number of masks does not fit", found=len(drawn), expected=f"1 or {len(opened)}"
+            )
+        drawn = drawn * len(opened) if len(drawn) == 1 else drawn
+        opened = [
+            (picture, mask.resize(picture.size, Image.Resampling.BILINEAR))
+            for (picture, _), mask in zip(opened, drawn, strict=True)
+        ]
+    step = bucket_step
+    sizes = data.make_buckets(resolution, step) if buckets else [(max(step, resolution // step * step),) * 2]
+    notes: list[str] = []
+    records: list[Record] = []
+    seen = hashlib.sha256()
+    kept: dict[str, tuple[Any, Any]] = {}
+    small = 0
+    for name, (picture, mask), line, text in zip(names, opened, given, beside, strict=True):
+        bucket = data.nearest_bucket(picture.size, sizes)
+        small += picture.size[0] < bucket[0] or picture.size[1] < bucket[1]
+        caption = _caption(line.strip() or text or instance_prompt, trigger)
+        if linked or masks is not None:
+            kept[name] = (picture, mask)
+        for part in (picture, mask):
+            seen.update(b"none" if part is None else f"{part.size}".encode() + part.tobytes())
+        for flip in (False, True) if flips else (False,):
+            records.append(Record(name, caption, bucket, repeats, flip, mask is not None))
+    if small:
+        notes.append(f"{small} pictures are smaller than their size in training and are enlarged.")
+    if not any(r.caption for r in records):
+        notes.append(
+            "No picture has a caption. An instance prompt with a trigger word teaches a subject better."
+        )
+    plain = [{**asdict(r), "name": i // (2 if flips else 1)} for i, r in enumerate(records)]
+    seen.update(json.dumps([plain, class_prompt.strip(), resolution]).encode())
+    return TrainingSet(
+        tuple(records), kept, class_prompt.strip(), trigger, resolution, seen.hexdigest(), tuple(notes)
+    )
+
+
+def summary(of: TrainingSet) -> str:
+    """A few lines for people."""
+    whole = [r for r in of.records if not r.flip]
+    mirrored = len(of.records) - len(whole)
+    masks = sum(r.has_mask for r in whole)
+    lines = [
+        f"{len(whole)} pictures"
+        + (", also mirrored" if mirrored else "")
+        + (f", {masks} with a mask" if masks else "")
+        + f"; {sum(r.repeats for r in of.records)} steps of one picture are one pass."
+    ]
+    for bucket, count in sorted(Counter(r.bucket for r in whole).items()):
+        lines.append(f"{bucket[0]} x {bucket[1]}: {count}")
+    texts = Counter(r.caption for r in whole)
+    lines.append(f"{len(texts)} different captions; the first: {whole[0].caption!r}")
+    if of.trigger:
+        lines.append(f"Trigger: {of.trigger}")
+    if of.class_prompt:
+        lines.append(f"Class: {of.class_prompt}")
+    return "\n".join([*lines, *of.notes])
+
+
+TILE, TEXT_ROWS, COLUMNS = 192, 3, 6
+
+
+def contact_sheet(of: TrainingSet, most: int = 60) -> torch.Tensor:
+    """IMAGE (1, h, w, 3): the pictures as they are cut, masked parts dimmed, with size and caption."""
+    shown = [r for r in of.records if not r.flip][:most]
+    columns = min(COLUMNS, len(shown))
+    cell = TILE + 14 * TEXT_ROWS + 8
+    sheet = Image.new("RGB", (columns * TILE, -(-len(shown) // columns) * cell), (24, 24, 24))
+    pen = ImageDraw.Draw(sheet)
+    for i, record in enumerate(shown):
+        image, mask = of.load(record)
+        if mask is not None:
+            image = image * (0.25 + 0.75 * mask)
+        picture = to_pillow(image)
+        picture.thumbnail((TILE - 4, TILE - 4))
+        left, top = i % columns * TILE, i // columns * cell
+        sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))
+        size = f"{record.bucket[0]}x{record.bucket[1]}" + (" mask" if mask is not None else "")
+        for row, text in enumerate([size, record.caption[:30], record.caption[30:60]]):
+            pen.text((left + 4, top + TILE + 14 * row), text, fill=(220, 220, 220))
+    return from_pillow(sheet)
+
+
+def to_pillow(image: torch.Tensor) -> Any:
+    """IMAGE without batch (h, w, 3), 0..1 -> Pillow."""
+    return Image.fromarray((image.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy())
+
+
+def from_pillow(picture: Any) -> torch.Tensor:
+    """Pillow -> IMAGE (1, h, w, 3)."""
+    return data.to_tensor(picture.convert("RGB")).unsqueeze(0)
+
+
+# --- the node -----------------------------------------------------------------------------------------------
+
+
+def _first(value: Any, otherwise: Any = None) -> Any:
+    """Inputs of this node come as lists."""
+    if isinstance(value, (list, tuple)):
+        return value[0] if value else otherwise
+    return otherwise if value is None else value
+
+
+class OFTDatasetNode(io.ComfyNode):
+    """OFT Dataset: pictures, captions, sizes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def entry(kind: Any, name: str, **more: Any) -> io.Input:
+            return compat.entry(kind, name, tooltip=TIPS[name], **more)
+
+        return compat.schema(
+            node_id="OFT_Dataset",
+            display_name="OFT Dataset",
+            category=CATEGORY,
+            description="Gathers pictures and captions for Train OFT, and shows what will be trained on.",
+            search_aliases=["oft", "dreambooth", "training pictures", "captions"],
+            is_input_list=True,
+            inputs=[
+                entry(io.Image.Input, "pictures", optional=True),
+                entry(io.Mask.Input, "masks", optional=True),
+                entry(io.Combo.Input, "folder", options=folder_choices(), default=NO_FOLDER),
+                entry(io.String.Input, "captions", default="", multiline=True),
+                entry(io.String.Input, "instance_prompt", default="a photo of [trigger]"),
+                entry(io.String.Input, "trigger", default=""),
+                entry(io.String.Input, "class_prompt", default=""),
+                entry(io.Int.Input, "resolution", default=512, min=64, max=4096, step=64),
+                entry(io.Boolean.Input, "buckets", default=True, optional=True, advanced=True),
+                entry(
+                    io.Int.Input,
+                    "bucket_step",
+                    default=64,
+                    min=16,
+                    max=256,
+                    step=16,
+                    optional=True,
+                    advanced=True,
+                ),
+                entry(io.Int.Input, "repeats", default=1, min=1, max=1000, optional=True, advanced=True),
+                entry(io.Boolean.Input, "flips", default=False, optional=True, advanced=True),
+            ],
+            outputs=[
+                OFTDataset.Output(display_name="dataset", tooltip=TIPS["out_dataset"]),
+                io.String.Output(display_name="summary", tooltip=TIPS["out_summary"]),
+                io.Image.Output(display_name="contact_sheet", tooltip=TIPS["out_sheet"]),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: Any = None) -> bool | str:
+        name = _first(folder)
+        if name in (None, "", NO_FOLDER):
+            return True
+        try:
+            folder_path(name)
+        except ConfigError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: Any = None, **_: Any) -> str:
+        name = _first(folder)
+        if name in (None, "", NO_FOLDER):
+            return ""
+        try:
+            inside = sorted(folder_path(name).iterdir())
+        except (ConfigError, OSError):
+            return "missing"
+        return json.dumps([[p.name, (s := p.stat()).st_mtime_ns, s.st_size] for p in inside if p.is_file()])
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        texts = inputs.get("captions") or [""]
+        # Over a link every text is one caption; in the box every line is.
+        captions = texts[0].splitlines() if len(texts) == 1 else [" ".join(t.split()) for t in texts]
+        plain = {
+            k: _first(v)
+            for k, v in inputs.items()
+            if k not in ("pictures", "masks", "captions") and _first(v) is not None
+        }
+        made = build(
+            pictures=inputs.get("pictures") or None,
+            masks=inputs.get("masks") or None,
+            captions=captions,
+            **plain,
+        )
+        text = summary(made)
+        return io.NodeOutput(made, text, contact_sheet(made), ui=ui.PreviewText(text))
+
+
+NODES = (OFTDatasetNode,)

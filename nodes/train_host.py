@@ -1,0 +1,567 @@
+"""The only training file that touches the inside of ComfyUI's models.
+
+What ComfyUI's own trainer gets wrong is done here on purpose in another way: captions of a batch are never
+combined, latents always pass through `process_latent_in`, no weight is wrapped or patched, and frozen weights are
+ordinary tensors, so that any layer can be trained and the base model stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import nn
+
+from ..oft_core import Adapter, LayerRotation
+from ..oft_core.adapter import load_adapter
+from ..oft_core.errors import FormatError
+from ..oft_core.formats.write import WRITERS, write_adapter
+from ..oft_core.training import (
+    ConfigError,
+    Loaded,
+    Noised,
+    Objective,
+    OFTConfig,
+    Record,
+    RotationBank,
+    TrainingError,
+    checkpointing,
+)
+from ..oft_core.training.layers import plain_weight
+from . import host
+from .dataset import TrainingSet
+
+log = logging.getLogger("oft")
+
+LOW_VRAM = ("off", "checkpointing", "offload")
+UNET, ENCODERS = "unet", "te"
+# Dialects in the order in which a trained adapter is written: the first that can hold it.
+DIALECTS = ("oft_v2", "lycoris", "comfy")
+OUT_OF_MEMORY = comfy.model_management.OOM_EXCEPTION
+Stopped = comfy.model_management.InterruptProcessingException
+
+
+@contextlib.contextmanager
+def training_mode() -> Iterator[None]:
+    """Nodes run under inference mode, in which nothing can be trained."""
+    management = comfy.model_management
+    flag = getattr(management, "in_training", None)  # later hosts
+    try:
+        if flag is not None:
+            management.in_training = True
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if flag is not None:
+            management.in_training = flag
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Some host code draws from torch's common generator. Inside it starts from `seed`; outside nobody notices."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def ordinary_(root: nn.Module) -> None:
+    """Replace parameters and buffers that were made under inference mode by equal ordinary ones, in place.
+
+    Autograd refuses to keep inference tensors for the backward pass. One tensor at a time, so little more memory is
+    needed; the values are the same bit for bit, so the new ones stay.
+    """
+    for module in root.modules():
+        for name, p in module._parameters.items():
+            if p is not None and type(p) is nn.Parameter and p.is_inference():
+                module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+        for name, b in module._buffers.items():
+            if b is not None and type(b) is torch.Tensor and b.is_inference():
+                module._buffers[name] = b.detach().clone()
+
+
+# --- what a run depends on ----------------------------------------------------------------------------------
+
+
+def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
+    """Up to `most` evenly spaced values of a tensor, as bytes."""
+    t = getattr(t, "_qdata", t).detach()
+    flat = t.reshape(-1)
+    flat = flat[:: max(1, flat.numel() // most)][:most].contiguous().cpu()
+    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+
+
+def _tensors(value: Any) -> Iterator[bytes]:
+    """Everything in a patch that changes what it does; not counters, which differ between equal patches."""
+    if isinstance(value, torch.Tensor):
+        yield str(tuple(value.shape)).encode() + _numbers(value)
+    elif isinstance(value, (float, str)):
+        yield str(value).encode()
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _tensors(one)
+    elif hasattr(value, "weights"):
+        yield type(value).__name__.encode()
+        yield from _tensors(value.weights)
+
+
+def identity(patcher: Any) -> str:
+    """A short hash of a model with its patches: of names, shapes and some hundred values of every weight."""
+    seen = hashlib.sha256()
+    for key, value in sorted(patcher.model.state_dict().items()):
+        saved = patcher.backup.get(key)
+        value = value if saved is None else getattr(saved, "weight", value)
+        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        if not value.is_meta:
+            seen.update(_numbers(value))
+    for key, patches in sorted(patcher.patches.items()):
+        for strength, value, strength_model, offset, *_ in patches:
+            seen.update(f"{key} {strength} {strength_model} {offset}".encode())
+            for part in _tensors(value):
+                seen.update(part)
+    return seen.hexdigest()[:32]
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """How sample pictures are drawn: one for every prompt, all from one seed."""
+
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+    seed: int = 0
+    steps: int = 20
+    cfg: float = 5.0
+    sampler: str = "euler"
+    scheduler: str = "normal"
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+class HostModel:
+    """ComfyUI's MODEL, CLIP and VAE as the engine wants them.
+
+    low_vram: one of `LOW_VRAM`.   guidance: of models with distilled guidance (Flux).   train_encoders: the text
+    encoders are trained too, so captions are encoded in every step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        *,
+        low_vram: str = "checkpointing",
+        guidance: float = 1.0,
+        train_encoders: bool = False,
+    ):
+        if low_vram not in LOW_VRAM:
+            raise ConfigError(
+                "Option 'low_vram' has an unknown value", found=low_vram, expected=" or ".join(LOW_VRAM)
+            )
+        # A patcher of later hosts that loads weights when they are used cannot be trained through.
+        options = {}
+        if getattr(model, "is_dynamic", lambda: False)():
+            known = inspect.signature(model.clone).parameters
+            options = {"disable_dynamic": True} if "disable_dynamic" in known else {}
+        self.patcher = model.clone(**options)
+        self.base = self.patcher.model
+        self.clip = clip.clone()
+        self.vae = vae
+        self.low_vram, self.guidance, self.train_encoders = low_vram, guidance, train_encoders
+        self.device = self.patcher.load_device
+        self.latents: dict[tuple, torch.Tensor] = {}
+        self.masks: dict[tuple, torch.Tensor | None] = {}
+        self._texts: dict[str, list] = {}
+        self._conds: dict[tuple, dict[str, Any]] = {}
+        self.objective: Objective | None = None
+        self.index = None
+
+    @property
+    def net(self) -> nn.Module:
+        return self.base.diffusion_model
+
+    @property
+    def encoders(self) -> nn.Module:
+        return self.clip.cond_stage_model
+
+    @property
+    def sampling(self) -> Any:
+        return self.patcher.get_model_object("model_sampling")
+
+    # --- pictures and texts ---
+
+    def encode_pictures(self, of: TrainingSet, report: Callable[[int, int], None] | None = None) -> None:
+        """Latents of every record in the model's own space, on the CPU, float32; and masks of their size."""
+        for i, record in enumerate(of.records):
+            image, mask = of.load(record)
+            # Some encoders draw their latents at random.
+            with own_randomness(0), torch.no_grad():
+                latent = self.vae.encode(image.unsqueeze(0)[..., :3])
+            latent = comfy.sample.fix_empty_latent_channels(self.patcher, latent.clone())
+            self._check_channels(latent)
+            latent = self.base.process_latent_in(latent).float().cpu()
+            key = _place(record)
+            self.latents[key] = latent
+            self.masks[key] = None
+            if mask is not None:
+                small = nn.functional.interpolate(
+                    mask.permute(2, 0, 1).unsqueeze(0), size=latent.shape[-2:], mode="area"
+                )
+                self.masks[key] = small
+            if report is not None:
+                report(i + 1, len(of.records))
+
+    def _check_channels(self, latent: torch.Tensor) -> None:
+        wanted = self.base.latent_format.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != wanted:
+            raise ConfigError(
+                "The VAE belongs to another kind of model",
+                found=f"latents {tuple(latent.shape)}",
+                expected=f"{wanted} channels",
+                hint="Use the VAE that goes with this model. Video models cannot be trained here.",
+            )
+
+    def encode_texts(self, texts: Iterable[str]) -> None:
+        """Text embeddings of every different text, kept on the CPU."""
+        with torch.no_grad():
+            for text in dict.fromkeys(texts):
+                if text not in self._texts:
+                    cond = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text), show_pbar=False)
+                    self._texts[text] = _ordinary(cond)
+
+    def drop_conds(self) -> None:
+        """Forget what was prepared from text embeddings."""
+        self._conds.clear()
+
+    def _encode_with_gradient(self, text: str) -> list:
+        """As ComfyUI encodes a prompt, with gradients through the text encoders."""
+        model = self.encoders
+        model.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            model.set_clip_options({"layer": self.clip.layer_idx})
+        model.set_clip_options({"execution_device": self.clip.patcher.load_device})
+        cond, pooled, *more = model.encode_token_weights(self.clip.tokenize(text))
+        return [[cond, {"pooled_output": pooled, **(more[0] if more else {})}]]
+
+    # --- loading ---
+
+    def load(self, batch_size: int = 1) -> None:
+        """Put the model on its device with ordinary weights. With `offload`, only as much of it as fits."""
+        shapes = [t.shape for t in self.latents.values()]
+        largest = max(shapes, key=lambda s: s[-1] * s[-2]) if shapes else (1, 4, 64, 64)
+        # Training keeps activations that sampling drops; a measured estimate for UNets with checkpointing.
+        need = 3 * self.base.memory_required([2 * batch_size, *largest[1:]])
+        patchers = [self.patcher, *([self.clip.patcher] if self.train_encoders else [])]
+        whole = self.low_vram != "offload"
+        if not whole:
+            # Host memory that is pinned for copying must not be replaced while it is.
+            comfy.model_management.unload_all_models()
+            self._make_ordinary()
+        comfy.model_management.load_models_gpu(patchers, memory_required=need, force_full_load=whole)
+        if whole:
+            self._make_ordinary()
+
+    def _make_ordinary(self) -> None:
+        ordinary_(self.base)
+        if self.train_encoders:
+            ordinary_(self.encoders)
+
+    def bank(self, parts: Mapping[str, OFTConfig], seed: int) -> RotationBank:
+        """Rotations for `UNET` and, if named, `ENCODERS`. Raises ConfigError if nothing can be trained."""
+        models = {UNET: self.net, ENCODERS: self.encoders}
+        chosen = {part: (models[part], config.select(models[part])) for part, config in parts.items()}
+        return RotationBank(chosen, seed=seed, device=self.device, weight_of=self._weight_of)
+
+    def _weight_of(self, module: nn.Module) -> torch.Tensor:
+        """A convolution's weight as its forward would use it, patches of a partly loaded model included."""
+        if getattr(module, "weight_function", None):
+            weight, _ = comfy.ops.cast_bias_weight(
+                module, dtype=torch.float32, device=self.device, bias_dtype=torch.float32
+            )[:2]
+            return weight.detach()
+        return plain_weight(module)
+
+    @property
+    def loss_scale(self) -> float:
+        """Gradients of half-precision models need one, since their activations underflow."""
+        kind = self.base.manual_cast_dtype or self.base.get_dtype()
+        return 4096.0 if kind == torch.float16 else 1.0
+
+    def make_objective(self, **options: Any) -> Objective:
+        """The training objective of this model, found by trying which one its sampling turns back into pictures.
+
+        options: for `Objective`; `sampling` may be "auto". Raises ConfigError for kinds that are not supported.
+        """
+        sampling = self.sampling
+        kind = _prediction_of(sampling)
+        if kind == "flow":
+            half = float(sampling.percent_to_sigma(0.5))
+            # Half way through a shifted flow schedule lies shift / (shift + 1).
+            options.setdefault("shift", half / (1 - half))
+            options.pop("min_snr_gamma", None)
+            options.pop("noise_offset", None)
+        else:
+            options["alphas_cumprod"] = 1 / (sampling.sigmas.detach().double().cpu().clone() ** 2 + 1)
+        if options.get("sampling", "auto") == "auto":
+            options["sampling"] = "logit_normal" if kind == "flow" else "uniform"
+        self.objective = Objective(prediction=kind, **options)
+        return self.objective
+
+    # --- one forward ---
+
+    def load_batch(self, records: list[Record]) -> Loaded:
+        """Latents and masks of a batch on the device. Items without a mask count everywhere."""
+        latents = torch.cat([self.latents[_place(r)] for r in records]).to(self.device)
+        masks = [self.masks[_place(r)] for r in records]
+        if all(m is None for m in masks):
+            return Loaded(latents)
+        filled = [torch.ones(1, 1, *latents.shape[-2:]) if m is None else m for m in masks]
+        return Loaded(latents, torch.cat(filled).to(self.device))
+
+    def predict(self, noised: Noised, records: list[Record]) -> torch.Tensor:
+        """The model's prediction in the objective's target space, (batch, channels, ...)."""
+        x = self.sampling.noise_scaling(noised.sigma, noised.noise.clone(), noised.x0)
+        texts = ["" if drop else r.caption for r, drop in zip(records, noised.drop, strict=True)]
+        made: dict[str, dict[str, Any]] = {}
+        for text in texts:
+            if text not in made:
+                made[text] = self._cond(text, x[:1], noised.sigma[:1])
+        conds = [made[text] for text in texts]
+        if all(_fit_together(conds[0], c) for c in conds[1:]):
+            denoised = self._denoise(x, noised.sigma, conds)
+        else:
+            # Prompts of different lengths: one after the other.
+            each = [self._denoise(x[i : i + 1], noised.sigma[i : i + 1], [c]) for i, c in enumerate(conds)]
+            denoised = torch.cat(each)
+        return self.objective.from_denoised(denoised, noised)
+
+    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: list[dict[str, Any]]) -> torch.Tensor:
+        options = {"optimized_attention_override": _plain_attention}
+        return self.base.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat(conds))
+
+    def _cond(self, text: str, like: torch.Tensor, sigma: torch.Tensor) -> dict[str, Any]:
+        """What the model is told for one text and picture size; `like`: (1, channels, height, width)."""
+        key = (text, tuple(like.shape))
+        if key in self._conds:
+            return self._conds[key]
+        encoded = self._encode_with_gradient(text) if self.train_encoders else self._texts[text]
+        encoded = [[c, {"guidance": self.guidance, **more}] for c, more in encoded]
+        converted = comfy.sampler_helpers.convert_cond(encoded)
+        empty = torch.zeros_like(like)
+        ready = comfy.samplers.process_conds(
+            self.base, empty, {"positive": converted}, self.device, empty, None, 0
+        )["positive"][0]
+        made = comfy.samplers.get_area_and_mult(ready, empty, sigma).conditioning
+        if not self.train_encoders:
+            self._conds[key] = made
+        return made
+
+    # --- around a run ---
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Gradient checkpointing of the model's blocks, and copies where its code works in place."""
+        roots = [self.net, *([self.encoders] if self.train_encoders else [])]
+        blocks = [b for root in roots for b in blocks_of(root)] if self.low_vram != "off" else []
+        handles = []
+        try:
+            for root in roots:
+                handles += [
+                    m.register_forward_pre_hook(_copied_input)
+                    for m in root.modules()
+                    if "norm" in type(m).__name__.lower()
+                ]
+            with checkpointing(blocks):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --- sampling ---
+
+    def sample_latent(self, text: str, plan: SamplePlan, size: tuple[int, int], seed: int) -> torch.Tensor:
+        """One picture as a VAE latent (1, channels, h, w), by ComfyUI's own sampler; size: (width, height)."""
+        ratio = self._ratio()
+        empty = torch.zeros(1, self.base.latent_format.latent_channels, size[1] // ratio, size[0] // ratio)
+        self.encode_texts([text, plan.negative])
+        with own_randomness(seed), torch.no_grad():
+            noise = comfy.sample.prepare_noise(empty, seed)
+            return comfy.sample.sample(
+                self.patcher,
+                noise,
+                plan.steps,
+                plan.cfg,
+                plan.sampler,
+                plan.scheduler,
+                self._texts[text],
+                self._texts[plan.negative],
+                empty,
+                disable_pbar=True,
+                seed=seed,
+            ).clone()
+
+    def _ratio(self) -> int:
+        if self.latents:
+            (bucket, latent) = next((k[2], t) for k, t in self.latents.items())
+            return bucket[0] // latent.shape[-1]
+        return 8
+
+    def draw(self, plan: SamplePlan, size: tuple[int, int], batch_size: int) -> torch.Tensor:
+        """IMAGE (n, h, w, 3) on the CPU, one for every prompt; the model is loaded again for training after it."""
+        if self.train_encoders:
+            # Their embeddings change while training.
+            for text in (*plan.prompts, plan.negative):
+                self._texts.pop(text, None)
+        latents = [self.sample_latent(text, plan, size, plan.seed) for text in plan.prompts]
+        with torch.no_grad():
+            images = [self.vae.decode(latent).clone() for latent in latents]
+        self.load(batch_size)
+        return torch.cat([i.reshape(-1, *i.shape[-3:]) for i in images]).float().cpu()
+
+    # --- files ---
+
+    def write(
+        self,
+        bank: RotationBank,
+        values: Mapping[str, torch.Tensor] | None,
+        path: str,
+        metadata: Mapping[str, str],
+    ) -> tuple[Adapter, str]:
+        """Write what the bank has learnt and read it back: (adapter, dialect).
+
+        Raises FormatError with the reasons of all dialects if none can hold it.
+        """
+        layers: dict[str, LayerRotation] = {}
+        prefix = {UNET: "diffusion_model.", ENCODERS: ""}
+        for (part, module), pieces in bank.adapter_tensors(values).items():
+            for piece in pieces:
+                if piece.param != "weight" or not isinstance(piece.op, LayerRotation):
+                    raise FormatError("OFT files cannot hold trained biases or whole modules", module=module)
+                layers[f"{prefix[part]}{module}.weight"] = piece.op
+        if self.index is None:
+            sides = [host._model_side(self.patcher)]
+            if self.train_encoders:
+                sides.append(host._clip_side(self.clip))
+            shapes = {k: s for side in sides for k, s in side.shapes.items()}
+            aliases = {k: t for side in sides for k, t in side.aliases.items()}
+            self.index = host.HostIndex(shapes, aliases)
+        refused = []
+        for dialect in DIALECTS:
+            try:
+                written = write_adapter(layers, self.index, path, dialect, metadata=metadata)
+            except FormatError as error:
+                refused.append(str(error))
+                continue
+            adapter = load_adapter(written)
+            missing = set(layers) - {p.key for p in adapter.bind(self.index).patches}
+            if missing:
+                raise FormatError("A layer could not be read back", file=path, module=min(missing))
+            return adapter, WRITERS[dialect].title
+        raise FormatError("No file format can hold an adapter with these settings", found=" ".join(refused))
+
+
+def free_memory() -> None:
+    """Give memory back after a run that failed."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache(True)
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Out of memory outside of the steps (encoding, loading, sampling) as a clear error."""
+    found = ""
+    try:
+        yield
+    except OUT_OF_MEMORY as error:
+        found = str(error).splitlines()[0]
+    if found:
+        # Raised out here so that the traceback does not keep the tensors alive.
+        free_memory()
+        raise TrainingError(
+            "Out of memory while the training was prepared or a sample was drawn",
+            found=found,
+            hint="Lower the resolution or the batch size, or set low_vram to 'offload'.",
+        )
+
+
+def _place(record: Record) -> tuple:
+    return record.name, record.flip, record.bucket
+
+
+def _ordinary(value: Any) -> Any:
+    """Copies of tensors that were made under inference mode, on the CPU, inside nested lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().cpu()
+    if isinstance(value, dict):
+        return {k: _ordinary(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_ordinary(v) for v in value)
+    return value
+
+
+def _fit_together(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[k].can_concat(b[k]) for k in a)
+
+
+def _plain_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Faster kernels that a host may have chosen have no backward pass."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _copied_input(_: nn.Module, args: tuple) -> tuple:
+    """Host code adds to hidden states in place, which would destroy what a norm has kept of them."""
+    if torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
+        return (args[0].clone(), *args[1:])
+    return args
+
+
+def blocks_of(root: nn.Module) -> Sequence[nn.Module]:
+    """Modules to checkpoint: transformer and residual blocks, outermost first, none inside another."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in root.modules():
+        name = type(module).__name__
+        if id(module) in inside or not name.endswith(("Block", "StreamBlock", "CLIPLayer")):
+            continue
+        if not any(isinstance(m, nn.Linear) for m in module.modules()):
+            continue
+        found.append(module)
+        inside |= {id(m) for m in module.modules()}
+    return found
+
+
+def _prediction_of(sampling: Any) -> str:
+    """eps, v or flow: the target whose prediction the host turns into exactly the clean picture."""
+    clean = torch.linspace(-1, 1, 12).reshape(1, 1, 3, 4)
+    noise = torch.linspace(2, -3, 12).reshape(1, 1, 3, 4) ** 2 / 4
+    sigma = torch.tensor([0.6])
+    try:
+        x = sampling.noise_scaling(sigma, noise.clone(), clean.clone())
+        signal = 1 / (1 + sigma**2) ** 0.5
+        targets = {"eps": noise, "v": signal * noise - sigma * signal * clean, "flow": noise - clean}
+        for kind, target in targets.items():
+            if torch.allclose(sampling.calculate_denoised(sigma, target, x), clean, atol=1e-5):
+                return kind
+    except (AttributeError, TypeError) as error:
+        raise ConfigError("This model's way of sampling is not known", found=str(error)) from error
+    raise ConfigError(
+        "This kind of model cannot be trained here",
+        found=type(sampling).__mro__[1].__name__,
+        expected="a model that predicts noise, velocity or flow (SD 1.x, SD 2.x, SDXL, SD3, Flux)",
+    )
