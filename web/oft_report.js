@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 
 const WIDGET = "oft_report";
 const MIN_HEIGHT = 110;
+const REPORTS = new Set(["report", "summary"]);
 
 function makePanel(node) {
   const element = document.createElement("div");
@@ -51,6 +52,8 @@ app.registerExtension({
   name: "OFT.Report",
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("OFT_")) return;
+    // Nodes 2.0 shows only widgets that are there from the start.
+    if (node.outputs?.some((output) => REPORTS.has(output.name))) node.oftPanel ??= makePanel(node);
     const before = node.onExecuted;
     node.onExecuted = function (output, ...rest) {
       before?.call(this, output, ...rest);

@@ -14,24 +14,24 @@ host, repository = sys.argv[1:3]
 sys.path[0:1] = [host]
 sys.argv = ["main.py", "--cpu"]
 
-import comfy.options  # noqa: E402
+import comfy.options
 
 comfy.options.enable_args_parsing()
 
-import comfy.diffusers_convert  # noqa: E402
-import comfy.ldm.flux.model  # noqa: E402
-import comfy.lora  # noqa: E402
-import comfy.sd1_clip  # noqa: E402
-import comfy.sdxl_clip  # noqa: E402
-import comfy.supported_models as models  # noqa: E402
-import comfy.text_encoders.flux  # noqa: E402
-import comfy.text_encoders.sd2_clip  # noqa: E402
-import comfy.text_encoders.sd3_clip  # noqa: E402
-import torch  # noqa: E402
+import comfy.diffusers_convert
+import comfy.ldm.flux.model
+import comfy.lora
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import comfy.supported_models as models
+import comfy.text_encoders.flux
+import comfy.text_encoders.sd2_clip
+import comfy.text_encoders.sd3_clip
+import torch
 
 # our package last: the repository's folder `nodes` must not hide ComfyUI's module of that name
 sys.path.append(repository)
-from oft_core.names import NameIndex, component  # noqa: E402
+from oft_core.names import NameIndex, component
 
 META = torch.device("meta")
 UNET = {
@@ -273,7 +273,7 @@ for name, (family, config) in DIFFUSION.items():
     live = {k: v for k, v in model.state_dict().items() if k.startswith("diffusion_model.")}
     report[name] = compare(key_map, live, part=lambda key: "unet")
     for prefix in ("model.diffusion_model.", ""):  # a checkpoint, and a file of the diffusion model alone
-        rename = lambda key, prefix=prefix: prefix + key.removeprefix("diffusion_model.")  # noqa: E731
+        rename = lambda key, prefix=prefix: prefix + key.removeprefix("diffusion_model.")
         report[f"{name} as {prefix or 'bare'}"] = compare(key_map, live, rename)
 for name, build in TEXT.items():
     model = build()
