@@ -451,6 +451,10 @@ def test_limit_touches_only_blocks_that_exceed_it():
     after = lambdas(unpack_skew(packed.double(), 8))[:, -1]
     torch.testing.assert_close(after, lam.clamp_max(0.8), rtol=1e-5, atol=1e-6)
     assert torch.equal(packed[lam <= 0.8], before[lam <= 0.8]) and 5 < (lam > 0.8).sum() < 45
+    # One plane only: the cheap bounds are exact here, so they must not let anything through.
+    small = torch.linspace(0.7, 0.9, 50).unsqueeze(1)
+    limit_lam_(small, 0.8, 2)
+    assert 0.8 - 1e-6 < small.max() < 0.8 + 1e-6 and small[0] == 0.7
 
 
 def test_coft_holds_for_what_is_exported_and_evaluated():
@@ -459,6 +463,7 @@ def test_coft_holds_for_what_is_exported_and_evaluated():
     for r in rotations(bank):
         norms = r.generator[0].double().norm(dim=1) * math.sqrt(2)
         assert norms.max() <= 0.05 / math.sqrt(r.stored) * (1 + 1e-6)
+        assert norms.max() >= 0.05 / math.sqrt(r.stored) * 0.999
         assert r.constraint.use() <= 1 + 1e-6
     with bank.installed(), bank.evaluation():
         trained = model(x)
@@ -478,9 +483,12 @@ def test_block_dropout_depends_on_seed_and_step_only_and_spares_shared_blocks():
     first = kept(bank, 1)
     assert 0.2 < first.float().mean() < 0.8
     assert torch.equal(first, kept(bank, 1)) and not torch.equal(first, kept(bank, 2))
-    with bank.installed(), bank.evaluation():
-        out = bank._built["unet/rotation/4"].out
-        assert ((out - eye).abs().amax((1, 2)) > 0).all()
+    with bank.installed():
+        bank.begin_step(1)
+        bank.finish_backward()
+        with bank.evaluation():
+            out = bank._built["unet/rotation/4"].out
+            assert ((out - eye).abs().amax((1, 2)) > 0).all()
     _, _, shared = make(module_dropout=0.5, block_share=True)
     assert kept(shared, 1).all()
 

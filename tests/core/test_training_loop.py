@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -467,6 +468,16 @@ def test_masked_loss_ignores_what_is_outside():
 
     assert rig(0, True).losses == rig(1, True).losses
     assert rig(0, False).losses != rig(1, False).losses
+
+
+def test_the_angle_cap_holds_after_every_step():
+    angles = []
+    rig = Rig(config={"angle_cap": 2.0})
+    rig.trainer.progress = lambda p: angles.append(
+        max(float(piece[0].op.angles().max()) for piece in rig.bank.adapter_tensors().values())
+    )
+    rig.trainer.run()
+    assert max(angles) < math.radians(2.001) and angles[-1] > math.radians(1.999)
 
 
 def test_prior_pictures_are_mixed_in_with_their_weight():
