@@ -391,11 +391,13 @@ class Run:
         )
         self.identity = {
             "model": train_host.identity(model),
-            "clip": train_host.identity(clip.patcher),
+            "clip": f"{train_host.identity(clip.patcher)} {clip.layer_idx}",
             "vae": train_host.identity(vae.patcher),
             "pictures": dataset.digest,
         }
-        self.key = _digest({**plan.fixed(), **self.identity})
+        # Also depends on nodes before this one that change how the model samples.
+        self.objective = self.host.make_objective(**plan.objective)
+        self.key = _digest({**plan.fixed(), **self.identity, "found": self.objective.fingerprint()})
         self.folder = _state_root() / self.key
         self.pictures: list[torch.Tensor] = []
         self.sample_files: list[str] = []
@@ -448,7 +450,6 @@ class Run:
             host_model.encode_texts([*texts, "", self.dataset.class_prompt, *plan.samples.prompts])
             class_records = self._class_records()
             host_model.load(plan.settings.batch_size)
-            objective = host_model.make_objective(**plan.objective)
             parts = {UNET: plan.oft}
             if plan.encoders:
                 parts[ENCODERS] = dataclasses.replace(
@@ -470,7 +471,7 @@ class Run:
         trainer = self.trainer = Trainer(
             bank,
             settings,
-            objective,
+            self.objective,
             list(self.dataset.records),
             load=host_model.load_batch,
             predict=host_model.predict,

@@ -387,7 +387,7 @@ class HostModel:
                     for m in root.modules()
                     if "norm" in type(m).__name__.lower()
                 ]
-            with checkpointing(blocks):
+            with _inputs_kept(blocks), checkpointing(blocks):
                 yield
         finally:
             for handle in handles:
@@ -529,6 +529,36 @@ def _copied_input(_: nn.Module, args: tuple) -> tuple:
     if torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
         return (args[0].clone(), *args[1:])
     return args
+
+
+@contextlib.contextmanager
+def _inputs_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks work on copies of their inputs: some add to them in place, and computing such a block a second time
+    would then start from other numbers, without any error.
+    """
+
+    def kept(forward: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return forward(*map(_copy, args), **{k: _copy(v) for k, v in kwargs.items()})
+
+        return run
+
+    before = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = kept(block.forward)
+        yield
+    finally:
+        for block, forward in before:
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _copy(value: Any) -> Any:
+    """Hidden states (batch, tokens, width) and (batch, channels, h, w), with or without gradient."""
+    hidden = isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.is_floating_point()
+    return value.clone() if hidden and torch.is_grad_enabled() else value
 
 
 def blocks_of(root: nn.Module) -> Sequence[nn.Module]:

@@ -1,0 +1,792 @@
+"""Checks of the training inside a real ComfyUI process, without a server.
+
+usage: python train_inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
+
+Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+import traceback
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[3]
+CHECKS: dict[str, object] = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def start(host_dir: str, work_dir: str):
+    """Import ComfyUI for the CPU, and our pack as ComfyUI would, under a name of its own."""
+    sys.path[:0] = [host_dir, str(REPO / "dev" / "host_nodes")]
+    sys.argv[1:] = []
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = work_dir
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_oft", REPO / "__init__.py", submodule_search_locations=[str(REPO)]
+    )
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_oft"] = pack
+    spec.loader.exec_module(pack)
+
+
+if __name__ == "__main__":
+    host_path, work, *wanted = sys.argv[1:]
+    start(host_path, work)
+
+if "comfyui_oft" in sys.modules:
+    import comfy.model_sampling
+    import comfy.utils
+    import families
+    import folder_paths
+    import torch
+    from comfyui_oft.nodes import dataset, folders, host, train, train_host
+    from comfyui_oft.oft_core import AdapterError, Strength
+    from comfyui_oft.oft_core.errors import FormatError
+    from comfyui_oft.oft_core.training import (
+        ConfigError,
+        Trainer,
+        TrainingError,
+    )
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    folders.register()
+
+
+# --- helpers ------------------------------------------------------------------------------------------------
+
+
+_parts = {}
+
+
+def parts(family):
+    """(model, clip, vae) of a family, made once, under inference mode as in a node."""
+    if family not in _parts:
+        with torch.inference_mode():
+            _parts[family] = (
+                families.make_model(family),
+                families.make_clip(family),
+                families.make_vae(family),
+            )
+    return _parts[family]
+
+
+def pictures(count=2, size=(64, 64), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rough = torch.rand(count, 3, 4, 4, generator=g)
+    smooth = torch.nn.functional.interpolate(rough, size=size, mode="bilinear")
+    return smooth.permute(0, 2, 3, 1)
+
+
+def a_set(**options):
+    options = {"instance_prompt": "a photo of [trigger]", "trigger": "ohwx", "resolution": 64, **options}
+    if "folder" not in options:
+        options.setdefault("pictures", [pictures()])
+    with torch.inference_mode():
+        return dataset.build(**options)
+
+
+KNOBS = {
+    "preset": "subject",
+    "steps": 6,
+    "learning_rate": 0.02,
+    "block_size": 8,
+    "coft": "off",
+    "coft_degrees": 15.0,
+    "coft_eps": 1.0,
+    "seed": 3,
+    "sample_prompts": "",
+    "sample_every": 0,
+    "save_every": 0,
+    "low_vram": "off",
+    "resume": True,
+    "name": "training/test",
+}
+
+
+def a_run(family="sd15", of=None, of_parts=None, config=None, **knobs):
+    """A Run as the node makes it."""
+    of = of or a_set()
+    config = train.make_config(**{"sample_steps": 2, "sample_cfg": 1.0, **(config or {})})
+    with train_host.training_mode():
+        plan = train.make_plan(dataset=of, config=config, **{**KNOBS, **knobs})
+        return train.Run(plan, of, *(of_parts or parts(family)), None)
+
+
+def go(run):
+    with torch.inference_mode(), train_host.training_mode():
+        return run()
+
+
+_users = 0
+
+
+def fresh_user():
+    """An empty user folder: nothing that was trained before is known."""
+    global _users
+    _users += 1
+    path = Path(work) / "users" / str(_users)
+    path.mkdir(parents=True)
+    folder_paths.set_user_directory(str(path))
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield before
+    finally:
+        setattr(owner, name, before)
+
+
+def fixed_loss(run, values, weight_seed=77):
+    """Mean error over a fixed batch: same pictures, noise and levels, rotations `values`."""
+    with train_host.training_mode(), torch.no_grad(), run.bank.installed(), run.bank.evaluation(values):
+        total = 0.0
+        for k in range(8):
+            record = list(run.dataset.records)[k % len(run.dataset.records)]
+            loaded = run.host.load_batch([record])
+            noised = run.objective.noised(loaded.latents, weight_seed, k, [0])
+            noised.drop[:] = [False]
+            error = run.host.predict(noised, [record]) - run.objective.target(noised)
+            total += float(error.square().mean())
+        return total / 8
+
+
+def zeros(bank):
+    return {n: torch.zeros_like(p) for n, p in bank.parameters.items()}
+
+
+def state(patcher):
+    return {k: v.detach().clone() for k, v in patcher.model.state_dict().items()}
+
+
+def untouched(module):
+    """Nothing of a training is left on the modules."""
+    for name, m in module.named_modules():
+        assert "forward" not in m.__dict__, f"{name} still has a forward of its own"
+        assert not m._forward_pre_hooks and not m._forward_hooks, f"{name} still has hooks"
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), f"{key} differs"
+
+
+def raises(kind, call, *words):
+    try:
+        call()
+    except kind as error:
+        text = str(error)
+        assert "Traceback" not in text and len(text) > 25, text
+        for word in words:
+            assert word.lower() in text.lower(), f"{word!r} is not in: {text}"
+        return text
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def learnt(outcome):
+    return load_file(outcome.adapter.path)
+
+
+# --- every family -------------------------------------------------------------------------------------------
+
+
+def family_trains(family, config=None, of_parts=None, prediction=None):
+    fresh_user()
+    model = (of_parts or parts(family))[0]
+    before = state(model)
+    run = a_run(family, of_parts=of_parts, steps=20, config=config, learning_rate=0.03)
+    outcome = go(run)
+    same(before, state(model))
+    untouched(model.model)
+    assert run.objective.prediction == prediction, run.objective.prediction
+    was, now = fixed_loss(run, zeros(run.bank)), fixed_loss(run, None)
+    assert now < was - 0.02 * was, f"loss on a fixed batch: {was:.4f}, then {now:.4f}"
+    # The file gives the trained pictures in the ordinary way: weights merged, core's sampler.
+    with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+        adapter = folders.read(outcome.name)
+        applied = host.apply(adapter, model, None, Strength(1.0), Strength(1.0)).model
+        other = train_host.HostModel(applied, *(of_parts or parts(family))[1:])
+        plan = run.plan.samples
+        latent = other.sample_latent(plan.prompts[0], plan, (64, 64), plan.seed)
+        picture = other.vae.decode(latent)[0]
+        plain = train_host.HostModel(*(of_parts or parts(family)))
+        unlike = plain.vae.decode(plain.sample_latent(plan.prompts[0], plan, (64, 64), plan.seed))[0]
+    off, moved = (picture - outcome.samples[-1]).abs().max(), (picture - unlike).abs().max()
+    assert off < 0.0045, f"picture differs by {off:.4f}"  # one step of 8 bits
+    assert moved > 0.02, f"the picture hardly changed: {moved:.4f}"
+    return f"{was:.4f} -> {now:.4f}; picture {off:.4f}, moved {moved:.3f}"
+
+
+@check
+def sd15_trains():
+    return family_trains("sd15", prediction="eps")
+
+
+@check
+def sd2_with_v_prediction_trains():
+    model, clip, vae = parts("sd2")
+    with torch.inference_mode():
+
+        class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+            pass
+
+        model = model.clone()
+        model.add_object_patch("model_sampling", Sampling(model.model.model_config))
+    return family_trains("sd2", of_parts=(model, clip, vae), prediction="v")
+
+
+@check
+def sdxl_trains():
+    return family_trains("sdxl", prediction="eps")
+
+
+@check
+def sd3_trains():
+    return family_trains("sd3", prediction="flow")
+
+
+@check
+def sd35_trains():
+    return family_trains("sd35", prediction="flow")
+
+
+@check
+def flux_trains():
+    return family_trains("flux", prediction="flow")
+
+
+@check
+def half_precision_base_trains():
+    """fp8 weights, computed in float32: only the activation side is touched, so nothing is quantised again."""
+    fresh_user()
+    with torch.inference_mode():
+        model = families.make_model("sd15")
+        for name, p in model.model.diffusion_model.named_parameters():
+            if p.ndim == 2:
+                p.data = p.data.to(torch.float8_e4m3fn)
+                owner = model.model.diffusion_model.get_submodule(name.rpartition(".")[0])
+                owner.comfy_cast_weights = True
+    run = a_run(of_parts=(model, *parts("sd15")[1:]), steps=20, learning_rate=0.03)
+    before = {k: v.float() for k, v in state(model).items()}
+    go(run)
+    same(before, {k: v.float() for k, v in state(model).items()})
+    was, now = fixed_loss(run, zeros(run.bank)), fixed_loss(run, None)
+    assert now < was - 0.02 * was, f"{was:.4f}, then {now:.4f}"
+
+
+# --- what a step does ---------------------------------------------------------------------------------------
+
+
+@check
+def checkpointing_changes_nothing():
+    """Blocks of several families add to their input in place: computed twice they must start from the same."""
+    for family in ("sd15", "sd3", "flux"):
+        losses = []
+        for low_vram in ("off", "checkpointing"):
+            fresh_user()
+            run = a_run(family, low_vram=low_vram, config={"prior": "none"})
+            outcome = go(run)
+            losses.append((outcome.losses, learnt(outcome)))
+        blocks = train_host.blocks_of(run.host.net)
+        assert len(blocks) >= 3, [type(b).__name__ for b in blocks]
+        # Gradients of values that are used twice are added in another order.
+        for one, other in zip(losses[0][0], losses[1][0], strict=True):
+            assert abs(one - other) < 2e-6 * one, f"{family}: {losses[0][0]} {losses[1][0]}"
+        for key, one in losses[0][1].items():
+            assert torch.allclose(one.float(), losses[1][1][key].float(), atol=2e-4), f"{family} {key}"
+
+
+@check
+def captions_of_a_batch_are_not_combined():
+    of = a_set(captions=["a red cat", "a long story of a blue dog " * 20])
+    for family in ("sd15", "sdxl", "flux"):
+        run = a_run(family, of)
+        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+            run.host.encode_pictures(of)
+            run.host.encode_texts([*(r.caption for r in of.records), ""])
+            run.host.load()
+            records = list(of.records)
+            loaded = run.host.load_batch(records)
+            noised = run.objective.noised(loaded.latents, 0, 0, [0, 1])
+            together = run.host.predict(noised, records)
+            for i, record in enumerate(records):
+                alone = run.objective.noised(loaded.latents[i : i + 1], 0, 0, [i])
+                one = run.host.predict(alone, [record])
+                assert torch.allclose(one[0], together[i], atol=2e-5), f"{family} {i}"
+            swapped = run.host.predict(noised, records[::-1])
+        assert not torch.allclose(swapped, together, atol=1e-3), "the captions have no effect"
+
+
+@check
+def targets_are_the_hosts_own():
+    """A model that answers with the exact target is turned back into the clean latent by the host's sampling."""
+    for family in ("sd15", "sd3", "flux"):
+        run = a_run(family)
+        x0 = torch.randn(2, 4, 8, 8)
+        noised = run.objective.noised(x0, 1, 1, [0, 1])
+        x = run.host.sampling.noise_scaling(noised.sigma, noised.noise.clone(), noised.x0)
+        target = run.objective.target(noised)
+        back = run.host.sampling.calculate_denoised(noised.sigma, target, x)
+        assert torch.allclose(back, x0, atol=1e-4), family
+        # sigmas lie on the model's own schedule
+        assert float(noised.sigma.max()) <= float(run.host.sampling.sigma_max) * 1.001
+    shift = a_run("flux").objective.shift
+    assert abs(shift - 2.718281828**1.15) < 0.02, shift
+
+
+@check
+def latents_pass_process_latent_in():
+    run = a_run("flux")
+    with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+        run.host.encode_pictures(run.dataset)
+        image, _ = run.dataset.load(run.dataset.records[0])
+        raw = run.host.vae.encode(image.unsqueeze(0))
+        mine = next(iter(run.host.latents.values()))
+        expected = run.host.base.process_latent_in(raw.clone())
+    assert torch.allclose(mine, expected, atol=1e-5) and not torch.allclose(mine, raw, atol=1e-2)
+
+
+@check
+def buckets_and_batches():
+    fresh_user()
+    of = a_set(
+        pictures=[pictures(2, (64, 128)), pictures(2, (128, 64)), pictures(1, (128, 128))],
+        resolution=128,
+        flips=True,
+    )
+    assert {r.bucket for r in of.records} == {(128, 64), (64, 128), (128, 128)} and len(of.records) == 10
+    run = a_run(of=of, steps=4, config={"batch_size": 2, "accumulation": 2})
+    outcome = go(run)
+    assert {tuple(t.shape[-2:]) for t in run.host.latents.values()} == {(8, 16), (16, 8), (16, 16)}
+    assert outcome.samples.shape[1:3] in ((64, 128), (128, 64))
+    sheet = dataset.contact_sheet(of)
+    assert sheet.shape[0] == 1 and sheet.shape[2] == 5 * dataset.TILE and "128 x 64: 2" in dataset.summary(of)
+
+
+@check
+def masked_parts_do_not_count():
+    """Two sets that differ only where the mask is black learn the same; without masks they do not."""
+    base = pictures(1)
+    other = base.clone()
+    other[:, :, 32:] = 1 - other[:, :, 32:]
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :16] = 1
+    run = a_run(of=a_set(pictures=[base], masks=[mask]))
+    with torch.inference_mode(), train_host.training_mode():
+        run.host.encode_pictures(run.dataset)
+    loaded = run.host.load_batch([run.dataset.records[0]])
+    assert (
+        loaded.mask.shape == (1, 1, 8, 8)
+        and loaded.mask[..., :2].min() == 1
+        and loaded.mask[..., 2:].max() == 0
+    )
+    fresh_user()
+    masked = go(a_run(of=a_set(pictures=[base], masks=[mask]))).losses
+    plain = go(a_run(of=a_set(pictures=[base]))).losses
+    assert masked != plain
+    # Transparency is a mask as well.
+    rgba = torch.cat([base, mask.unsqueeze(-1)], -1)
+    assert go(a_run(of=a_set(pictures=[rgba]))).losses == masked
+    assert not a_set(pictures=[torch.cat([base, torch.ones(1, 64, 64, 1)], -1)]).records[0].has_mask
+
+
+@check
+def class_is_kept():
+    fresh_user()
+    of = a_set(class_prompt="a photo of a dog")
+    run = a_run(of=of, config={"prior": "pictures", "class_pictures": 2}, steps=3)
+    with_pictures = go(run)
+    files = list((train._state_root() / "class").iterdir())
+    assert len(files) == 1 and load_file(files[0])["latents"].shape == (2, 4, 8, 8)
+    drawn = []
+    sample = train_host.HostModel.sample_latent
+    with replaced(train_host.HostModel, "sample_latent", lambda *a: drawn.append(a[1]) or sample(*a)):
+        go(a_run(of=of, config={"prior": "pictures", "class_pictures": 2}, steps=4))
+    assert "a photo of a dog" not in drawn, "class pictures were drawn again"
+    match = go(a_run(of=of, steps=3))
+    none = go(a_run(of=of, config={"prior": "none"}, steps=3))
+    assert with_pictures.losses != match.losses != none.losses
+    # At the first step the model is unchanged, so its own prediction is matched exactly.
+    assert match.losses[0] == none.losses[0] and with_pictures.losses[0] > none.losses[0]
+
+
+@check
+def text_encoders_train():
+    for family in ("sd15", "sdxl"):
+        fresh_user()
+        clip = parts(family)[1]
+        before = state(clip.patcher)
+        run = a_run(family, steps=3, config={"text_encoder_lr": 0.02}, low_vram="checkpointing")
+        outcome = go(run)
+        same(before, state(clip.patcher))
+        untouched(clip.cond_stage_model)
+        moved = [float(p.detach().abs().max()) for p in run.bank.groups()["te"]]
+        assert moved and min(moved) > 0, moved
+        assert {"te1", "unet"} <= set(outcome.adapter.components), outcome.adapter.components
+        with torch.inference_mode():
+            applied = host.apply(outcome.adapter, *parts(family)[:2], Strength(1.0), Strength(1.0))
+        assert "te1" in applied.report.lower() or "text" in applied.report.lower()
+
+
+# --- stop, resume, errors -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stopped_at(step):
+    """The interrupt button, pressed while step `step` ends."""
+
+    def hook(value, total, preview, node_id=None):
+        if value == step:
+            raise train_host.Stopped
+
+    with replaced(comfy.utils, "PROGRESS_BAR_HOOK", hook):
+        yield
+
+
+@check
+def stop_keeps_the_work_and_resume_is_exact():
+    options = {"steps": 8, "config": {"ema": 0.9, "schedule": "cosine", "module_dropout": 0.2}}
+    fresh_user()
+    whole = go(a_run(**options))
+    fresh_user()
+    model = parts("sd15")[0]
+    before = state(model)
+    with stopped_at(3):
+        run = a_run(**options)
+        try:
+            go(run)
+            raise AssertionError("not stopped")
+        except train_host.Stopped:
+            pass
+    same(before, state(model))
+    untouched(model.model)
+    assert run.trainer.step == 3 and run.path.is_file(), "the work of a stopped run is lost"
+    kept = run.path
+    assert set(folders.read(train._listed(kept)).entries), "the kept file cannot be read"
+    rest = a_run(**options)
+    outcome = go(rest)
+    assert rest.resumed == 3 and rest.path == kept
+    assert outcome.losses == whole.losses, f"{outcome.losses} {whole.losses}"
+    same(learnt(outcome), learnt(whole))
+    assert torch.equal(outcome.samples[-1], whole.samples[-1])
+
+
+@check
+def stop_in_the_middle_of_a_step():
+    fresh_user()
+    whole = go(a_run(steps=5))
+    fresh_user()
+    attention = train_host.comfy.ldm.modules.attention
+    count = 0
+
+    def sometimes(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 35:
+            raise train_host.Stopped
+        return before(*args, **kwargs)
+
+    run = a_run(steps=5)
+    with replaced(attention, "attention_pytorch", sometimes) as before:
+        try:
+            go(run)
+            raise AssertionError("not stopped")
+        except train_host.Stopped:
+            pass
+    assert 0 < run.trainer.step < 5
+    untouched(run.host.base)
+    outcome = go(a_run(steps=5))
+    assert outcome.losses == whole.losses
+    same(learnt(outcome), learnt(whole))
+
+
+@check
+def more_steps_go_on():
+    fresh_user()
+    whole = go(a_run(steps=7))
+    fresh_user()
+    go(a_run(steps=4))
+    more = a_run(steps=7)
+    outcome = go(more)
+    assert more.resumed == 4 and outcome.losses == whole.losses
+    same(learnt(outcome), learnt(whole))
+    anew = a_run(steps=6, resume=False)
+    go(anew)
+    assert anew.resumed == 0
+
+
+@check
+def out_of_memory_is_clear_and_keeps_the_state():
+    fresh_user()
+    model = parts("sd15")[0]
+    before = state(model)
+    run = a_run(steps=5)
+    predict, count = run.host.predict, 0
+
+    def hungry(*args):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return predict(*args)
+
+    run.host.predict = hungry
+    raises(TrainingError, lambda: go(run), "out of memory", "resolution", "2 steps is kept")
+    same(before, state(model))
+    untouched(model.model)
+    again = a_run(steps=5)
+    go(again)
+    assert again.resumed == 2
+    # While the pictures are encoded, too.
+    fresh_user()
+    run = a_run(steps=5)
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with replaced(parts("sd15")[2], "encode", no_room):
+        raises(TrainingError, lambda: go(run), "out of memory", "low_vram")
+
+
+@check
+def base_is_as_before_after_an_error():
+    fresh_user()
+    model = parts("sd15")[0]
+    with torch.inference_mode():
+        plain = train_host.HostModel(*parts("sd15"))
+        plan = a_run().plan.samples
+        picture = plain.sample_latent("a cat", plan, (64, 64), 5)
+    run = a_run(learning_rate=0.02)
+    run.host.predict = lambda *_: 1 / 0
+    with contextlib.suppress(ZeroDivisionError):
+        go(run)
+    untouched(model.model)
+    go(a_run())
+    with torch.inference_mode():
+        again = train_host.HostModel(*parts("sd15")).sample_latent("a cat", plan, (64, 64), 5)
+    assert torch.equal(picture, again), "the base model draws another picture than before"
+
+
+@check
+def same_inputs_do_not_train_again():
+    fresh_user()
+    first = go(a_run(steps=4))
+    trained = []
+    run = Trainer.run
+    with replaced(Trainer, "run", lambda self: trained.append(1) or run(self)):
+        again = go(a_run(steps=4))
+        assert not trained, "trained again"
+        assert again.name == first.name and again.losses == first.losses
+        assert torch.equal(again.samples, first.samples) and "again" in again.report
+        Path(first.adapter.path).unlink()
+        back = go(a_run(steps=4))
+        assert not trained and Path(back.adapter.path).is_file(), "a deleted file does not come back"
+        for changed in (
+            {"of": a_set(trigger="sks")},
+            {"of": a_set(pictures=[pictures(seed=1)])},
+            {"learning_rate": 0.01},
+            {"block_size": 4},
+            {"seed": 4},
+            {"config": {"caption_dropout": 0.5}},
+            {"of_parts": (families.make_model("sd15", seed=1), *parts("sd15")[1:])},
+            {"of_parts": (parts("sd15")[0], families.make_clip("sd15", seed=1), parts("sd15")[2])},
+        ):
+            count = len(trained)
+            go(a_run(**{"steps": 4, **changed}))
+            assert len(trained) == count + 1, f"not trained for {list(changed)}"
+        with torch.inference_mode():
+            patched = host.apply(first.adapter, parts("sd15")[0], None, Strength(1.0), Strength(1.0)).model
+        keys = {a_run(of_parts=(m, *parts("sd15")[1:])).key for m in (parts("sd15")[0], patched)}
+        assert len(keys) == 2, "a patched model counts as the unpatched one"
+        with torch.inference_mode():
+            twice = host.apply(first.adapter, parts("sd15")[0], None, Strength(1.0), Strength(1.0)).model
+        assert a_run(of_parts=(twice, *parts("sd15")[1:])).key in keys
+
+
+@check
+def samples_and_saves_while_it_runs():
+    fresh_user()
+    seen = []
+
+    def hook(value, total, preview, node_id=None):
+        seen.append((value, total, preview))
+
+    with replaced(comfy.utils, "PROGRESS_BAR_HOOK", hook):
+        run = a_run(
+            steps=6,
+            sample_every=2,
+            save_every=3,
+            sample_prompts="ohwx in a boat\n\nohwx in snow\n",
+            name="training/live",
+        )
+        outcome = go(run)
+    assert outcome.samples.shape == (6, 64, 64, 3)  # after 2, 4, 6 steps, two prompts each
+    assert torch.equal(outcome.samples[0], outcome.samples[0]) and not torch.equal(
+        outcome.samples[0], outcome.samples[4]
+    )
+    shown = [p for _, _, p in seen if p is not None]
+    assert len(shown) >= 6 and all(p[0] == "JPEG" and p[2] == 512 for p in shown)
+    assert max(v for v, *_ in seen) == 6
+    beside = sorted(p.name for p in run.path.parent.glob("live*"))
+    assert beside == ["live_00001_.safetensors", "live_00001_step000003.safetensors"], beside
+    # Looking at samples does not change what is learnt.
+    fresh_user()
+    same(learnt(go(a_run(steps=6))), learnt(outcome))
+    curve = train.loss_curve(outcome.losses)
+    assert curve.shape == (1, 320, 640, 3) and curve.min() < 0.9
+    assert train.loss_curve([1.0]).shape == train.loss_curve([0.5] * 9).shape
+
+
+# --- files and bad inputs -----------------------------------------------------------------------------------
+
+
+@check
+def saves_in_other_dialects():
+    fresh_user()
+    model = parts("sd15")[0]
+    outcome = go(a_run())
+    save = train.OFTSave.execute
+
+    def saved(**options):
+        with torch.inference_mode():
+            given = {
+                "name": "saved/x",
+                "dialect": train.AS_IS,
+                "precision": "fp32",
+                "folder": "oft",
+                **options,
+            }
+            return save(adapter=outcome.adapter, **given).args[0]
+
+    name = saved()
+    assert name in folders.names(), "not in the loader's list at once"
+    same(load_file(folders.find(name)), learnt(outcome))
+    assert saved() != name
+    half = load_file(folders.find(saved(precision="fp16")))
+    assert any(t.dtype == torch.float16 for t in half.values())
+    converted = folders.read(saved(dialect="peft", model=model))
+    assert converted.dialect != outcome.adapter.dialect
+    with torch.inference_mode():
+        a, b = (
+            host.apply(x, model, None, Strength(1.0), Strength(1.0)).model
+            for x in (converted, outcome.adapter)
+        )
+        for one in (a, b):
+            one.patch_model(torch.device("cpu"))
+            one.weights = state(one)
+            one.unpatch_model(torch.device("cpu"))
+    worst = max(float((a.weights[k] - b.weights[k]).abs().max()) for k in a.weights)
+    assert worst < 1e-5, worst
+    raises(ConfigError, lambda: saved(dialect="peft"), "model")
+    raises(FormatError, lambda: saved(dialect="kohya", model=model), "kohya", "side")
+    raises(ConfigError, lambda: saved(name="../../outside"), "name")
+    inside = saved(folder="output")
+    assert (Path(folder_paths.get_output_directory()) / inside).is_file()
+
+
+@check
+def every_way_of_training_gives_a_file():
+    for options in (
+        {"side": "output"},
+        {"rescale": True},
+        {"block_share": True},
+        {"use_cayley_neumann": True},
+        {"conv_modules": "all-conv"},
+        {"target_modules": "to_q, to_v"},
+        {"blocks": 4},
+    ):
+        fresh_user()
+        run = a_run(config=options, steps=3)
+        outcome = go(run)
+        assert len(outcome.adapter.entries) > 5, options
+    fresh_user()
+    outcome = go(a_run(coft="angle", coft_degrees=0.5, steps=6))
+    angle = outcome.report.split("Largest angle ")[1].split("°")[0]
+    assert abs(float(angle) - 0.5) < 0.01, angle
+    go(a_run(coft="eps", coft_eps=0.01, steps=2))
+    fresh_user()
+    raises(FormatError, lambda: go(a_run(config={"side": "output", "block_share": True})), "hold")
+
+
+@check
+def folders_as_source():
+    root = Path(folder_paths.get_input_directory()) / "my pictures"
+    root.mkdir(parents=True, exist_ok=True)
+    for i, size in enumerate([(64, 64), (96, 64), (64, 96)]):
+        picture = Image.new("RGB", size, (40 * i, 90, 200 - 40 * i))
+        exif = picture.getexif()
+        exif[0x0112] = 6 if i == 1 else 1  # turned by a quarter
+        picture.save(root / f"{i}.jpg", exif=exif)
+    (root / "0.txt").write_text("a cat", "utf-8")
+    of = a_set(folder="my pictures", pictures=None, captions=["", "", "third"])
+    assert [r.caption for r in of.records] == ["ohwx, a cat", "a photo of ohwx", "ohwx, third"]
+    assert of.load(of.records[1])[0].shape == (64, 64, 3) and "my pictures" in dataset.folder_choices()
+    wide = a_set(folder="my pictures", pictures=None, resolution=128)
+    assert wide.records[1].bucket[0] <= wide.records[1].bucket[1], "EXIF rotation is ignored"
+    before = dataset.OFTDatasetNode.fingerprint_inputs(folder=["my pictures"])
+    (root / "1.txt").write_text("a dog", "utf-8")
+    assert dataset.OFTDatasetNode.fingerprint_inputs(folder=["my pictures"]) != before
+    for bad in ("../outside", "/etc", "missing"):
+        raises(ConfigError, lambda bad=bad: a_set(folder=bad, pictures=None), "input folder")
+        assert dataset.OFTDatasetNode.validate_inputs(folder=[bad]) is not True
+    (root / "9.png").write_bytes(b"not a picture")
+    raises(ConfigError, lambda: a_set(folder="my pictures", pictures=None), "9.png")
+    (root / "9.png").unlink()
+
+
+@check
+def bad_inputs_are_explained():
+    raises(ConfigError, lambda: a_set(pictures=None), "pictures", "folder")
+    raises(ConfigError, lambda: a_set(captions=["a", "b", "c"]), "captions", "2")
+    raises(ConfigError, lambda: a_set(masks=[torch.ones(3, 8, 8)]), "masks")
+    raises(ConfigError, lambda: a_run(config={"prior": "match"}), "class prompt")
+    raises(ConfigError, lambda: a_run(config={"rank_pattern": "{"}), "rank_pattern")
+    raises(ConfigError, lambda: a_run(config={"layers_to_transform": "one"}), "layers_to_transform")
+    raises(ConfigError, lambda: a_run(config={"target_modules": "(("}), "regular expression")
+    fresh_user()
+    raises(AdapterError, lambda: go(a_run(config={"target_modules": "nothing"})), "target_modules")
+    raises(ConfigError, lambda: go(a_run(of_parts=(*parts("sd15")[:2], parts("flux")[2]))), "VAE")
+    raises(ConfigError, lambda: go(a_run(name="../../outside")), "name")
+    raises(TrainingError, lambda: go(a_run(config={"optimizer": "prodigy"})), "prodigyopt")
+    with replaced(train_host, "_prediction_of", train_host._prediction_of):
+        strange = comfy.model_sampling.EDM()
+        raises(ConfigError, lambda: train_host._prediction_of(strange), "cannot be trained")
+    nan = pictures()
+    run = a_run(of=a_set(pictures=[nan]))
+    predict = run.host.predict
+    run.host.predict = lambda *a: predict(*a) * float("nan")
+    raises(TrainingError, lambda: go(run), "not finite")
+
+
+def main() -> int:
+    failed = 0
+    for name in wanted or CHECKS:
+        try:
+            detail, ok = CHECKS[name]() or "", True
+        except Exception:  # noqa: BLE001 (a check may fail in any way; the trace is the result)
+            detail, ok = traceback.format_exc(), False
+        failed += not ok
+        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
