@@ -14,12 +14,12 @@ async def comfy_entrypoint():
     """The extension object that lists this pack's nodes; registers the `oft` model folder on the way."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import folders, load
+    from .nodes import dataset, folders, load, train
 
     folders.register()
 
     class OFTExtension(ComfyExtension):
         async def get_node_list(self):
-            return list(load.NODES)
+            return [*load.NODES, *dataset.NODES, *train.NODES]
 
     return OFTExtension()

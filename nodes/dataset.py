@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from ..oft_core.training import ConfigError, Record, data
 from . import compat
 
-CATEGORY = "OFT/training"
+CATEGORY = "OFT"
 NO_FOLDER = "(none)"
 TRIGGER = "[trigger]"
 OFTDataset = io.Custom("OFT_DATASET")

@@ -40,6 +40,7 @@ from ..oft_core.training import (
     Trainer,
     TrainSettings,
 )
+from ..oft_core.training.checkpoint import saved_states
 from ..oft_core.training.config import PRESETS as TARGETS
 from . import compat, folders, host, train_host
 from .dataset import CATEGORY, OFTDataset, TrainingSet, from_pillow, to_pillow
@@ -439,9 +440,11 @@ class Run:
         if found is not None:
             return found
         self.folder.mkdir(parents=True, exist_ok=True)
+        states = self._states()
         if not self.plan.resume:
-            for old in self.folder.glob("state-*.safetensors"):
+            for old in saved_states(states) if states.is_dir() else []:
                 old.unlink()
+        self.path = self._file()
         plan, host_model = self.plan, self.host
         with train_host.memory_explained():
             self._say("Encoding pictures and captions")
@@ -476,14 +479,13 @@ class Run:
             load=host_model.load_batch,
             predict=host_model.predict,
             class_records=class_records,
-            state_dir=self.folder,
+            state_dir=states,
             around=host_model.around,
             progress=self._progress,
             sample=self._sample,
             fingerprint=self.identity,
         )
-        self.path = self._file()
-        self.resumed = self._resume()
+        self.resumed = trainer.step if plan.resume and trainer.resume() else 0
         began = time.monotonic()
         try:
             result = trainer.run()
@@ -515,19 +517,12 @@ class Run:
         )
         return Outcome(adapter, samples, result.losses, report, _listed(self.path))
 
-    def _resume(self) -> int:
-        """Go on from the newest state of fewer steps; returns the number of steps that are done already."""
-        trainer = self.trainer
-        if not self.plan.resume or not trainer.resume():
-            return 0
-        if trainer.step > self.plan.settings.steps:
-            raise ConfigError(
-                "The saved run has more steps already",
-                found=trainer.step,
-                expected=f"at most {self.plan.settings.steps}",
-                hint="Ask for more steps, or switch resume off to start anew.",
-            )
-        return trainer.step
+    def _states(self) -> Path:
+        """Where this run's states are. A run that was longer keeps its own; a shorter one then has another place."""
+        saved = saved_states(self.folder)
+        if saved and int(saved[0].stem.rpartition("-")[2]) > self.plan.settings.steps:
+            return self.folder / f"{self.plan.settings.steps} steps"
+        return self.folder
 
     def _class_records(self) -> list[Record]:
         prompt, count = self.dataset.class_prompt, self.plan.class_pictures

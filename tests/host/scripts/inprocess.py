@@ -794,7 +794,10 @@ def entry_point_and_schemas():
 
     extension = asyncio.run(comfyui_oft.comfy_entrypoint())
     nodes = {n.GET_SCHEMA().node_id: n for n in asyncio.run(extension.get_node_list())}
-    assert list(nodes) == ["OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter", "OFT_Apply"]
+    assert list(nodes) == [
+        *("OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter", "OFT_Apply"),
+        *("OFT_Dataset", "OFT_Train", "OFT_TrainConfig", "OFT_Save"),
+    ]
     translations = {
         lang: json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8"))
         for lang in ("en", "zh")

@@ -47,6 +47,7 @@ if __name__ == "__main__":
     start(host_path, work)
 
 if "comfyui_oft" in sys.modules:
+    import comfy.model_management
     import comfy.model_sampling
     import comfy.utils
     import families
@@ -306,7 +307,7 @@ def checkpointing_changes_nothing():
             outcome = go(run)
             losses.append((outcome.losses, learnt(outcome)))
         blocks = train_host.blocks_of(run.host.net)
-        assert len(blocks) >= 3, [type(b).__name__ for b in blocks]
+        assert len(blocks) >= 2, [type(b).__name__ for b in blocks]
         # Gradients of values that are used twice are added in another order.
         for one, other in zip(losses[0][0], losses[1][0], strict=True):
             assert abs(one - other) < 2e-6 * one, f"{family}: {losses[0][0]} {losses[1][0]}"
@@ -528,9 +529,12 @@ def more_steps_go_on():
     outcome = go(more)
     assert more.resumed == 4 and outcome.losses == whole.losses
     same(learnt(outcome), learnt(whole))
-    anew = a_run(steps=6, resume=False)
+    anew = a_run(steps=9, resume=False)
     go(anew)
     assert anew.resumed == 0
+    fewer = a_run(steps=5)
+    assert go(fewer).losses == whole.losses[:5] and fewer.trainer.step == 5
+    assert go(a_run(steps=11)).losses[:7] == whole.losses, "a shorter run has spoilt the longer one's state"
 
 
 @check
@@ -690,9 +694,8 @@ def saves_in_other_dialects():
             for x in (converted, outcome.adapter)
         )
         for one in (a, b):
-            one.patch_model(torch.device("cpu"))
+            comfy.model_management.load_models_gpu([one], force_patch_weights=True)
             one.weights = state(one)
-            one.unpatch_model(torch.device("cpu"))
     worst = max(float((a.weights[k] - b.weights[k]).abs().max()) for k in a.weights)
     assert worst < 1e-5, worst
     raises(ConfigError, lambda: saved(dialect="peft"), "model")
@@ -765,10 +768,11 @@ def bad_inputs_are_explained():
     raises(AdapterError, lambda: go(a_run(config={"target_modules": "nothing"})), "target_modules")
     raises(ConfigError, lambda: go(a_run(of_parts=(*parts("sd15")[:2], parts("flux")[2]))), "VAE")
     raises(ConfigError, lambda: go(a_run(name="../../outside")), "name")
-    raises(TrainingError, lambda: go(a_run(config={"optimizer": "prodigy"})), "prodigyopt")
-    with replaced(train_host, "_prediction_of", train_host._prediction_of):
-        strange = comfy.model_sampling.EDM()
-        raises(ConfigError, lambda: train_host._prediction_of(strange), "cannot be trained")
+    sys.modules["lion_pytorch"] = None  # as if it were not installed
+    raises(TrainingError, lambda: go(a_run(config={"optimizer": "lion"})), "lion-pytorch")
+    strange = comfy.model_sampling.EDM()
+    strange.sigma_data = 0.5
+    raises(ConfigError, lambda: train_host._prediction_of(strange), "cannot be trained")
     nan = pictures()
     run = a_run(of=a_set(pictures=[nan]))
     predict = run.host.predict
