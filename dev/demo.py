@@ -26,11 +26,12 @@ OFT_FILE = "demo_oft.safetensors"
 # What the example workflows ask for -> the tiny file that stands in for it.
 STAND_INS = {"checkpoints/sd15.safetensors": "checkpoints/tiny_sd15.safetensors"}
 EXAMPLE_OFT_FILE = "my_subject_oft.safetensors"
+EXAMPLE_PICTURES = "my_subject"  # folder of training pictures
 SIZE = 192  # pixels of one picture
 
 
 def provide_example_files(server: ComfyServer, models: Path) -> None:
-    """Give the tiny models the names that the example workflows use, and make the OFT file that they load."""
+    """Give the tiny models the names that the example workflows use, and make the files that they load."""
     for name, tiny in STAND_INS.items():
         target = server.models / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,10 @@ def provide_example_files(server: ComfyServer, models: Path) -> None:
     write_random_oft(
         models / "checkpoints" / "tiny_sd15.safetensors", server.models / "oft" / EXAMPLE_OFT_FILE
     )
+    pictures = server.input / EXAMPLE_PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    for i, colour in enumerate(("orange", "teal", "purple")):
+        Image.new("RGB", (96, 64 + 32 * i), colour).save(pictures / f"{i}.png")
 
 
 def draw_sheet(base: np.ndarray, cells: dict[tuple[str, float], np.ndarray], path: Path) -> None:
