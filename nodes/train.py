@@ -497,9 +497,10 @@ class Run:
             raise
         if not result.losses:
             raise ConfigError("Nothing was trained")
+        # The file first: a stop or a lack of memory in the last samples must not cost it.
+        adapter = self._write(self.path)
         with train_host.memory_explained(), bank.installed(), bank.evaluation(trainer.values()):
             self._sample(trainer.step, None)
-        adapter = self._write(self.path)
         report = self._report(adapter, time.monotonic() - began)
         samples = torch.cat(self.pictures[-MOST_SAMPLES:])
         copy = self.folder / f"adapter-{trainer.step:08d}.safetensors"

@@ -100,7 +100,7 @@ def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
     t = getattr(t, "_qdata", t).detach()
     flat = t.reshape(-1)
     flat = flat[:: max(1, flat.numel() // most)][:most].contiguous().cpu()
-    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def _tensors(value: Any) -> Iterator[bytes]:

@@ -275,7 +275,7 @@ def flux_trains():
 
 
 @check
-def half_precision_base_trains():
+def fp8_base_trains():
     """fp8 weights, computed in float32: only the activation side is touched, so nothing is quantised again."""
     fresh_user()
     with torch.inference_mode():
@@ -354,6 +354,28 @@ def targets_are_the_hosts_own():
 
 
 @check
+def the_network_sees_the_noised_latent():
+    """In every family the network's own input is signal * picture + spread * noise."""
+    for family in ("sd15", "sd3", "flux"):
+        run = a_run(family)
+        seen = []
+        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+            run.host.encode_pictures(run.dataset)
+            run.host.encode_texts([r.caption for r in run.dataset.records])
+            run.host.load()
+            records = list(run.dataset.records)
+            noised = run.objective.noised(run.host.load_batch(records).latents, 5, 0, [0, 1])
+            hook = run.host.net.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[:2]))
+            try:
+                run.host.predict(noised, records)
+            finally:
+                hook.remove()
+        assert torch.allclose(seen[0][0], noised.x_t, atol=1e-4), family
+        count = 1 if family == "flux" else 1000
+        assert torch.allclose(seen[0][1].float(), noised.timestep.float() * count / 1000, atol=1.0), family
+
+
+@check
 def latents_pass_process_latent_in():
     run = a_run("flux")
     with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
@@ -363,6 +385,21 @@ def latents_pass_process_latent_in():
         mine = next(iter(run.host.latents.values()))
         expected = run.host.base.process_latent_in(raw.clone())
     assert torch.allclose(mine, expected, atol=1e-5) and not torch.allclose(mine, raw, atol=1e-2)
+
+
+@check
+def random_latents_are_the_same_again():
+    """Some VAEs draw their latents at random, from torch's common generator."""
+    vae = parts("sd15")[2]
+    with replaced(vae, "encode", vae.encode) as encode:
+        vae.encode = lambda image: (x := encode(image)) + torch.randn_like(x)
+        runs = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            runs.append(a_run())
+            with torch.inference_mode(), train_host.training_mode():
+                runs[-1].host.encode_pictures(runs[-1].dataset)
+    same(*(dict(enumerate(r.host.latents.values())) for r in runs))
 
 
 @check
@@ -431,11 +468,11 @@ def class_is_kept():
 
 @check
 def text_encoders_train():
-    for family in ("sd15", "sdxl"):
+    for family, low_vram in (("sd15", "checkpointing"), ("sdxl", "off")):
         fresh_user()
         clip = parts(family)[1]
         before = state(clip.patcher)
-        run = a_run(family, steps=3, config={"text_encoder_lr": 0.02}, low_vram="checkpointing")
+        run = a_run(family, steps=3, config={"text_encoder_lr": 0.02}, low_vram=low_vram)
         outcome = go(run)
         same(before, state(clip.patcher))
         untouched(clip.cond_stage_model)
@@ -514,8 +551,9 @@ def stop_in_the_middle_of_a_step():
             pass
     assert 0 < run.trainer.step < 5
     untouched(run.host.base)
-    outcome = go(a_run(steps=5))
-    assert outcome.losses == whole.losses
+    rest = a_run(steps=5)
+    outcome = go(rest)
+    assert rest.resumed == run.trainer.step and outcome.losses == whole.losses
     same(learnt(outcome), learnt(whole))
 
 
