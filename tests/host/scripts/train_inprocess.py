@@ -316,6 +316,42 @@ def checkpointing_changes_nothing():
 
 
 @check
+def partly_loaded_models_train():
+    """Weights that are copied when they are used, patches of earlier nodes included, give the same as merged ones."""
+    fresh_user()
+    first = go(a_run(config={"conv_modules": "all-conv"}))
+    outcomes = []
+    for low_vram in ("off", "offload"):
+        fresh_user()
+        with torch.inference_mode():
+            model = families.make_model("sd15")
+            patched = host.apply(first.adapter, model, None, Strength(1.0), Strength(1.0)).model
+        run = a_run(
+            of_parts=(patched, *parts("sd15")[1:]), low_vram=low_vram, config={"conv_modules": "all-conv"}
+        )
+        base = run.host.base
+
+        def partly(models, *args, base=base, **options):
+            ours = [m for m in models if m.model is base]
+            if len(ours) < len(models):
+                whole([m for m in models if m not in ours], *args, **options)
+            for m in ours:
+                if not base.model_lowvram:
+                    m.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+
+        if low_vram == "offload":
+            with replaced(comfy.model_management, "load_models_gpu", partly) as whole:
+                outcomes.append(go(run))
+                assert base.model_lowvram
+        else:
+            outcomes.append(go(run))
+    for a, b in zip(outcomes[0].losses, outcomes[1].losses, strict=True):
+        assert abs(a - b) < 1e-5, f"{outcomes[0].losses} {outcomes[1].losses}"
+    unpatched = go(a_run(config={"conv_modules": "all-conv"}))
+    assert abs(unpatched.losses[0] - outcomes[0].losses[0]) > 1e-4
+
+
+@check
 def captions_of_a_batch_are_not_combined():
     of = a_set(captions=["a red cat", "a long story of a blue dog " * 20])
     for family in ("sd15", "sdxl", "flux"):
