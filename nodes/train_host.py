@@ -22,6 +22,7 @@ import comfy.ops
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.utils
 import torch
 from torch import nn
 
@@ -97,7 +98,8 @@ def ordinary_(root: nn.Module) -> None:
 
 def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
     """Up to `most` evenly spaced values of a tensor, as bytes."""
-    t = getattr(t, "_qdata", t).detach()
+    t = getattr(t, "_qdata", t)
+    t = t.detach() if type(t) in (torch.Tensor, nn.Parameter) else t.as_subclass(torch.Tensor)
     flat = t.reshape(-1)
     flat = flat[:: max(1, flat.numel() // most)][:most].contiguous().cpu()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -123,6 +125,8 @@ def identity(patcher: Any) -> str:
     for key, value in sorted(patcher.model.state_dict().items()):
         saved = patcher.backup.get(key)
         value = value if saved is None else getattr(saved, "weight", value)
+        if value.is_meta:  # GGUF layers show a stand-in there
+            value = comfy.utils.get_attr(patcher.model, key)
         seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         if not value.is_meta:
             seen.update(_numbers(value))

@@ -293,6 +293,47 @@ def fp8_base_trains():
     assert now < was - 0.02 * was, f"{was:.4f}, then {now:.4f}"
 
 
+@check
+def packed_base_trains():
+    """Layers as GGUF has them: packed numbers that only their own forward understands, a stand-in in the state."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear, turn):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.scale = float(linear.weight.abs().max()) / 127
+            packed = (linear.weight / self.scale).round().add(128).to(torch.uint8)
+            self.weight = torch.nn.Parameter(packed.roll(turn, 0), requires_grad=False)
+            self.bias = linear.bias
+            self.register_state_dict_post_hook(
+                lambda m, state, prefix, _: state.update(
+                    {prefix + "weight": torch.empty(3, 1, device="meta")}
+                )
+            )
+
+        def forward(self, x):
+            weight = (self.weight.to(x.dtype) - 128) * self.scale
+            return torch.nn.functional.linear(x, weight, self.bias)
+
+    def packed(turn=0):
+        with torch.inference_mode():
+            model = families.make_model("sd15")
+            net = model.model.diffusion_model
+            for name, module in list(net.named_modules()):
+                if isinstance(module, torch.nn.Linear) and ".attn" in name:
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(net.get_submodule(owner), leaf, Packed(module, turn))
+        return (model, *parts("sd15")[1:])
+
+    fresh_user()
+    run = a_run(of_parts=packed(), steps=20, learning_rate=0.03)
+    assert len(go(run).adapter.entries) == 56
+    was, now = fixed_loss(run, zeros(run.bank)), fixed_loss(run, None)
+    assert now < was - 0.02 * was, f"{was:.4f}, then {now:.4f}"
+    assert a_run(of_parts=packed(), steps=20, learning_rate=0.03).key == run.key
+    assert a_run(of_parts=packed(1), steps=20, learning_rate=0.03).key != run.key
+
+
 # --- what a step does ---------------------------------------------------------------------------------------
 
 
