@@ -149,7 +149,7 @@ CONFIG_TIPS = {
     "guidance": "Guidance value while training, for models that have one built in (Flux).",
     "loss_scale": "For half-precision models; 0: by the model.",
     "sample_steps": "Steps of a sample picture.",
-    "sample_cfg": "CFG of sample pictures. For Flux use 1.",
+    "sample_cfg": "CFG of sample pictures; 0: by the model (5, and 1 for Flux).",
     "sample_sampler": "Sampler of sample pictures.",
     "sample_scheduler": "Scheduler of sample pictures.",
     "sample_negative": "Negative prompt of sample pictures.",
@@ -311,7 +311,7 @@ def make_plan(
         run.get("sample_negative", ""),
         seed if sample_seed < 0 else sample_seed,
         run.get("sample_steps", 20),
-        run.get("sample_cfg", 5.0),
+        run.get("sample_cfg", 0.0),
         run.get("sample_sampler", "euler"),
         run.get("sample_scheduler", "normal"),
     )
@@ -390,6 +390,9 @@ class Run:
             guidance=plan.guidance,
             train_encoders=plan.encoders,
         )
+        if not plan.samples.cfg:
+            samples = dataclasses.replace(plan.samples, cfg=self.host.usual_cfg)
+            self.plan = dataclasses.replace(plan, samples=samples)
         self.identity = {
             "model": train_host.identity(model),
             "clip": f"{train_host.identity(clip.patcher)} {clip.layer_idx}",
@@ -784,7 +787,7 @@ class OFTTrainConfigNode(io.ComfyNode):
                 number("guidance", 1.0, 0.0, 100.0),
                 number("loss_scale", 0.0, 0.0, 65536.0),
                 whole("sample_steps", 20, 1, 200),
-                number("sample_cfg", 5.0, 0.0, 30.0),
+                number("sample_cfg", 0.0, 0.0, 30.0),
                 choice("sample_sampler", comfy.samplers.KSampler.SAMPLERS, "euler"),
                 choice("sample_scheduler", comfy.samplers.KSampler.SCHEDULERS, "normal"),
                 text("sample_negative"),

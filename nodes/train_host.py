@@ -302,6 +302,11 @@ class HostModel:
         return plain_weight(module)
 
     @property
+    def usual_cfg(self) -> float:
+        """CFG of sample pictures: none for models that have guidance built in."""
+        return 1.0 if getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
+
+    @property
     def loss_scale(self) -> float:
         """Gradients of half-precision models need one, since their activations underflow."""
         kind = self.base.manual_cast_dtype or self.base.get_dtype()
@@ -389,7 +394,7 @@ class HostModel:
                 handles += [
                     m.register_forward_pre_hook(_copied_input)
                     for m in root.modules()
-                    if "norm" in type(m).__name__.lower()
+                    if "norm" in type(m).__name__.lower() and not isinstance(m, nn.GroupNorm)
                 ]
             with _inputs_kept(blocks), checkpointing(blocks):
                 yield

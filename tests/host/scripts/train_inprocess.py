@@ -426,6 +426,7 @@ def targets_are_the_hosts_own():
         assert torch.allclose(back, x0, atol=1e-4), family
         # sigmas lie on the model's own schedule
         assert float(noised.sigma.max()) <= float(run.host.sampling.sigma_max) * 1.001
+    assert [a_run(f, config={"sample_cfg": 0.0}).plan.samples.cfg for f in ("sd15", "flux")] == [5.0, 1.0]
     shift = a_run("flux").objective.shift
     assert abs(shift - 2.718281828**1.15) < 0.02, shift
 
