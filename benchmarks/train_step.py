@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], help="methods whose name contains one of these texts, beside LoRA of PEFT")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -331,7 +332,10 @@ def main() -> None:
         parser.error("sd15 needs --host-dir, a ComfyUI folder")
     subject = sd15(options.host_dir, options.pixels) if options.model == "sd15" else sdxl(options.pixels)
     notices: list[str] = []
-    rows = measure(subject, all_methods(subject, notices), options.rounds)
+    methods = all_methods(subject, notices)
+    if options.only:
+        methods = [m for m in methods if "(PEFT)" in m.name or any(text in m.name for text in options.only)]
+    rows = measure(subject, methods, options.rounds)
     unit = next((r for r in rows if r["method"].startswith("LoRA")), rows[0])
     print(f"Machine: {machine()}\n\n{subject.name}, {len(subject.targets)} layers, float32, batch 1; unit: {unit['method']}\n")
     print("| method | parameters | step | time / unit | saved activations MiB | beyond unit MiB |")
