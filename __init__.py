@@ -14,12 +14,12 @@ async def comfy_entrypoint():
     """The extension object that lists this pack's nodes; registers the `oft` model folder on the way."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import dataset, folders, load, train
+    from .nodes import dataset, folders, load, save, train
 
     folders.register()
 
     class OFTExtension(ComfyExtension):
         async def get_node_list(self):
-            return [*load.NODES, *dataset.NODES, *train.NODES]
+            return [*load.NODES, *dataset.NODES, *train.NODES, *save.NODES]
 
     return OFTExtension()

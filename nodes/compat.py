@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from comfy_api.latest import io
@@ -30,3 +31,12 @@ def schema(**keywords: Any) -> io.Schema:
 def entry(factory: type[T], *args: Any, **keywords: Any) -> T:
     """`factory(...)`, an input class such as `io.Combo.Input`, without what this host lacks."""
     return factory(*args, **known(factory, keywords))
+
+
+def explained(tips: dict[str, str]) -> Callable[..., Any]:
+    """`entry` for inputs whose tooltip stands in `tips` under their name: (input class, name, ...) -> input."""
+
+    def make(factory: Any, name: str, **keywords: Any) -> Any:
+        return entry(factory, name, tooltip=tips[name], **keywords)
+
+    return make

@@ -131,6 +131,24 @@ def _clip_side(clip: Any) -> Side:
     return Side("clip", "Text encoders", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
 
 
+def _sides(model: Any | None, clip: Any | None) -> list[Side]:
+    sides = [_model_side(model)] if model is not None else []
+    return sides if clip is None else [*sides, _clip_side(clip)]
+
+
+def _names(sides: list[Side]) -> tuple[dict[str, tuple[int, ...]], dict[str, Target]]:
+    """All parameters and all of ComfyUI's names; where two sides share a name, it is the first one's."""
+    shapes = {key: shape for side in reversed(sides) for key, shape in side.shapes.items()}
+    aliases = {name: target for side in reversed(sides) for name, target in side.aliases.items()}
+    return shapes, aliases
+
+
+def index_of(model: Any | None, clip: Any | None) -> HostIndex:
+    """The names of a MODEL's and a CLIP's weights together; either may be None."""
+    return HostIndex(*_names(_sides(model, clip)))
+
+
+
 # --- the patch object ---------------------------------------------------------------------------------------
 
 
@@ -270,13 +288,9 @@ def apply(
     without patches. Raises `ModelMismatch` if no layer of the file belongs to the given models, and
     `StrengthError` if the mode is not defined for the file.
     """
-    sides = [_model_side(model)] if model is not None else []
-    if clip is not None:
-        sides.append(_clip_side(clip))
-    shapes = {key: shape for side in reversed(sides) for key, shape in side.shapes.items()}
-    aliases = {name: target for side in reversed(sides) for name, target in side.aliases.items()}
+    sides = _sides(model, clip)
     absent = _absent(adapter, model, clip)
-    binding = _bound(adapter, shapes, aliases, absent)
+    binding = _bound(adapter, *_names(sides), absent)
 
     given = {"model": model, "clip": clip}
     notes: list[str] = []

@@ -464,12 +464,7 @@ class HostModel:
                     raise FormatError("OFT files cannot hold trained biases or whole modules", module=module)
                 layers[f"{prefix[part]}{module}.weight"] = piece.op
         if self.index is None:
-            sides = [host._model_side(self.patcher)]
-            if self.train_encoders:
-                sides.append(host._clip_side(self.clip))
-            shapes = {k: s for side in sides for k, s in side.shapes.items()}
-            aliases = {k: t for side in sides for k, t in side.aliases.items()}
-            self.index = host.HostIndex(shapes, aliases)
+            self.index = host.index_of(self.patcher, self.clip if self.train_encoders else None)
         refused = []
         for dialect in DIALECTS:
             try:

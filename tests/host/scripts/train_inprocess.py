@@ -53,7 +53,16 @@ if "comfyui_oft" in sys.modules:
     import families
     import folder_paths
     import torch
-    from comfyui_oft.nodes import dataset, folders, host, train, train_host
+    from comfyui_oft.nodes import (
+        dataset,
+        files,
+        folders,
+        host,
+        save,
+        train_host,
+        train_plan,
+        train_run,
+    )
     from comfyui_oft.oft_core import AdapterError, Strength
     from comfyui_oft.oft_core.errors import FormatError
     from comfyui_oft.oft_core.training import (
@@ -121,10 +130,10 @@ KNOBS = {
 def a_run(family="sd15", of=None, of_parts=None, config=None, **knobs):
     """A Run as the node makes it."""
     of = of or a_set()
-    config = train.make_config(**{"sample_steps": 2, "sample_cfg": 1.0, **(config or {})})
+    config = train_plan.make_config(**{"sample_steps": 2, "sample_cfg": 1.0, **(config or {})})
     with train_host.training_mode():
-        plan = train.make_plan(dataset=of, config=config, **{**KNOBS, **knobs})
-        return train.Run(plan, of, *(of_parts or parts(family)), None)
+        plan = train_plan.make_plan(dataset=of, config=config, **{**KNOBS, **knobs})
+        return train_run.Run(plan, of, *(of_parts or parts(family)), None)
 
 
 def go(run):
@@ -530,8 +539,8 @@ def class_is_kept():
     of = a_set(class_prompt="a photo of a dog")
     run = a_run(of=of, config={"prior": "pictures", "class_pictures": 2}, steps=3)
     with_pictures = go(run)
-    files = list((train._state_root() / "class").iterdir())
-    assert len(files) == 1 and load_file(files[0])["latents"].shape == (2, 4, 8, 8)
+    cached = list((train_run.state_root() / "class").iterdir())
+    assert len(cached) == 1 and load_file(cached[0])["latents"].shape == (2, 4, 8, 8)
     drawn = []
     sample = train_host.HostModel.sample_latent
     with replaced(train_host.HostModel, "sample_latent", lambda *a: drawn.append(a[1]) or sample(*a)):
@@ -596,7 +605,7 @@ def stop_keeps_the_work_and_resume_is_exact():
     untouched(model.model)
     assert run.trainer.step == 3 and run.path.is_file(), "the work of a stopped run is lost"
     kept = run.path
-    assert set(folders.read(train._listed(kept)).entries), "the kept file cannot be read"
+    assert set(folders.read(files.listed(kept)).entries), "the kept file cannot be read"
     rest = a_run(**options)
     outcome = go(rest)
     assert rest.resumed == 3 and rest.path == kept
@@ -770,9 +779,9 @@ def samples_and_saves_while_it_runs():
     # Looking at samples does not change what is learnt.
     fresh_user()
     same(learnt(go(a_run(steps=6))), learnt(outcome))
-    curve = train.loss_curve(outcome.losses)
+    curve = train_run.loss_curve(outcome.losses)
     assert curve.shape == (1, 320, 640, 3) and curve.min() < 0.9
-    assert train.loss_curve([1.0]).shape == train.loss_curve([0.5] * 9).shape
+    assert train_run.loss_curve([1.0]).shape == train_run.loss_curve([0.5] * 9).shape
 
 
 # --- files and bad inputs -----------------------------------------------------------------------------------
@@ -783,18 +792,18 @@ def saves_in_other_dialects():
     fresh_user()
     model = parts("sd15")[0]
     outcome = go(a_run())
-    save = train.OFTSave.execute
+    write = save.OFTSave.execute
 
     def saved(**options):
         with torch.inference_mode():
             given = {
                 "name": "saved/x",
-                "dialect": train.AS_IS,
+                "dialect": save.AS_IS,
                 "precision": "fp32",
                 "folder": "oft",
                 **options,
             }
-            return save(adapter=outcome.adapter, **given).args[0]
+            return write(adapter=outcome.adapter, **given).args[0]
 
     name = saved()
     assert name in folders.names(), "not in the loader's list at once"

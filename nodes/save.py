@@ -1,0 +1,137 @@
+"""Save OFT: an adapter as a file of a chosen tool."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..oft_core import Adapter
+from ..oft_core.errors import FormatError
+from ..oft_core.formats.write import WRITERS, write_adapter
+from ..oft_core.training import ConfigError
+from . import compat, folders, host
+from .files import listed, new_file
+from .load import CATEGORY, OFTAdapter
+
+AS_IS = "as it is"
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TIPS = {
+    "adapter": "The adapter to write.",
+    "model": "The model that the adapter is for. Needed for any dialect but 'as it is'.",
+    "clip": "Its text encoders, if the adapter has layers for them.",
+    "dialect": (
+        "Whose format to write. oft_v2: OneTrainer. peft: a folder with its config. lycoris: Diag-OFT. kohya, "
+        "comfy: those tools' own. A dialect that cannot hold the adapter is refused with the reason."
+    ),
+    "precision": "Of the numbers in the file. fp16 halves its size and is precise enough for pictures.",
+    "folder": "oft: models/oft, where Load OFT finds it at once. output: ComfyUI's output folder.",
+    "out_name": "The file as Load OFT lists it.",
+    "name": "Name of the file; may contain a subfolder. A number is added.",
+}
+
+
+class OFTSave(io.ComfyNode):
+    """Save OFT: an adapter as a file of a chosen tool."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        entry = compat.explained(TIPS)
+        return compat.schema(
+            node_id="OFT_Save",
+            display_name="Save OFT",
+            category=CATEGORY,
+            description="Writes an OFT adapter to a file that a chosen tool reads.",
+            search_aliases=["oft", "save", "convert", "export"],
+            is_output_node=True,
+            inputs=[
+                OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
+                entry(io.Model.Input, "model", optional=True),
+                entry(io.Clip.Input, "clip", optional=True),
+                entry(io.String.Input, "name", default="oft"),
+                entry(io.Combo.Input, "dialect", options=[AS_IS, *WRITERS], default=AS_IS),
+                entry(io.Combo.Input, "precision", options=list(PRECISIONS), default="fp32"),
+                entry(io.Combo.Input, "folder", options=["oft", "output"], default="oft"),
+            ],
+            outputs=[io.String.Output(display_name="file_name", tooltip=TIPS["out_name"])],
+        )
+
+    @classmethod
+    def execute(
+        cls, adapter: Adapter, name, dialect, precision, folder, model=None, clip=None
+    ) -> io.NodeOutput:
+        root = folder_paths.get_folder_paths(folders.FOLDER)[0]
+        path = new_file(name, folder_paths.get_output_directory() if folder == "output" else root)
+        with host.normal_tensors():
+            if dialect == AS_IS:
+                written = _copy(adapter, path, PRECISIONS[precision])
+            else:
+                written = _convert(adapter, model, clip, path, dialect, PRECISIONS[precision])
+        shown = (
+            listed(written)
+            if folder == "oft"
+            else os.path.relpath(written, folder_paths.get_output_directory())
+        )
+        return io.NodeOutput(shown, ui=ui.PreviewText(f"Saved: {shown}"))
+
+
+def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
+    """The adapter's own file again, numbers in another precision."""
+    if not os.path.isfile(adapter.path) or not adapter.path.endswith(".safetensors"):
+        raise FormatError(
+            "The file that this adapter was read from is not there any more",
+            file=adapter.path,
+            hint="Choose a dialect and connect the model.",
+        )
+    with safe_open(adapter.path, "pt") as f:
+        metadata = dict(f.metadata() or {})
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    tensors = {
+        k: (t.to(dtype) if t.is_floating_point() and t.numel() > 1 else t).contiguous()
+        for k, t in tensors.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata or None)
+    os.replace(part, path)
+    return path
+
+
+def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, dtype: torch.dtype) -> Path:
+    if model is None and clip is None:
+        raise ConfigError(
+            "Writing another dialect needs the model that the adapter is for",
+            found="no model",
+            hint="Connect MODEL (and CLIP), or choose 'as it is'.",
+        )
+    index = host.index_of(model, clip)
+    binding = adapter.bind(index)
+    if binding.unmatched:
+        raise FormatError(
+            "Not every layer of this adapter belongs to the connected model",
+            module=next(iter(binding.unmatched)),
+            hint="Connect the model (and CLIP) that it was made for.",
+        )
+    layers: dict[str, Any] = {}
+    for patch in binding.patches:
+        if (
+            not isinstance(patch.op, host.LayerRotation)
+            or patch.rows
+            or patch.swap_halves
+            or patch.key in layers
+        ):
+            raise FormatError(
+                "This adapter has a layer that cannot be written in another dialect", module=patch.module
+            )
+        layers[patch.key] = patch.op
+    target = path.with_suffix("") if dialect == "peft" else path
+    return write_adapter(layers, index, target, dialect, metadata=adapter.metadata, dtype=dtype)
+
+
+NODES = (OFTSave,)

@@ -1,0 +1,397 @@
+"""One training run: from a plan and pictures to files, samples and a report; stop, resume and earlier results."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from ..oft_core import Adapter, AdapterError, describe
+from ..oft_core.adapter import load_adapter
+from ..oft_core.training import ConfigError, Progress, Record, Trainer
+from ..oft_core.training.checkpoint import saved_states
+from . import folders, train_host
+from .dataset import TrainingSet, from_pillow, to_pillow
+from .files import listed, new_file
+from .train_host import ENCODERS, UNET, HostModel, Stopped
+from .train_plan import Plan
+
+log = logging.getLogger("oft")
+
+# Pictures that the node puts out at most; all are in the run's folder.
+MOST_SAMPLES = 64
+
+
+def state_root() -> Path:
+    """Where runs keep their state: a private folder of the user directory."""
+    own = getattr(folder_paths, "get_system_user_directory", None)
+    root = own("oft") if own else os.path.join(folder_paths.get_user_directory(), "__oft")
+    return Path(root) / "training"
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def write_json(path: Path, value: Any) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(temporary, path)
+
+
+@dataclass
+class Outcome:
+    """What Train OFT puts out."""
+
+    adapter: Adapter
+    samples: torch.Tensor
+    losses: list[float]
+    report: str
+    name: str
+
+
+class Run:
+    """One training run of the node: from inputs to files. Everything it changes on the model is undone."""
+
+    def __init__(self, plan: Plan, dataset: TrainingSet, model: Any, clip: Any, vae: Any, node_id: Any):
+        self.plan, self.dataset, self.node_id = plan, dataset, node_id
+        self.host = HostModel(
+            model,
+            clip,
+            vae,
+            low_vram=plan.low_vram,
+            guidance=plan.guidance,
+            train_encoders=plan.encoders,
+        )
+        if not plan.samples.cfg:
+            samples = dataclasses.replace(plan.samples, cfg=self.host.usual_cfg)
+            self.plan = dataclasses.replace(plan, samples=samples)
+        self.identity = {
+            "model": train_host.identity(model),
+            "clip": f"{train_host.identity(clip.patcher)} {clip.layer_idx}",
+            "vae": train_host.identity(vae.patcher),
+            "pictures": dataset.digest,
+        }
+        # Also depends on nodes before this one that change how the model samples.
+        self.objective = self.host.make_objective(**plan.objective)
+        self.key = digest({**plan.fixed(), **self.identity, "found": self.objective.fingerprint()})
+        self.folder = state_root() / self.key
+        self.pictures: list[torch.Tensor] = []
+        self.sample_files: list[str] = []
+        self.bar = comfy.utils.ProgressBar(plan.settings.steps, node_id=node_id)
+        self.said = 0.0
+        self.trainer: Trainer | None = None
+        self.dialect = ""
+
+    # --- results of earlier runs ---
+
+    @property
+    def result_file(self) -> Path:
+        wanted = [self.plan.settings.steps, dataclasses.asdict(self.plan.samples), self.plan.name]
+        wanted.append(self.plan.settings.sample_every)
+        return self.folder / f"result-{digest(wanted)}.json"
+
+    def earlier(self) -> Outcome | None:
+        """The result of the same run, if it was completed before."""
+        if not self.result_file.is_file():
+            return None
+        try:
+            saved = json.loads(self.result_file.read_text("utf-8"))
+            path = Path(saved["file"])
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes((self.folder / saved["copy"]).read_bytes())
+            samples = [from_pillow(Image.open(self.folder / s)) for s in saved["samples"]]
+            adapter = load_adapter(path)
+        except (OSError, KeyError, ValueError, AdapterError) as error:
+            log.warning("OFT: an earlier result cannot be used, training again: %s", error)
+            return None
+        report = saved["report"] + "\nThe same inputs were trained before; nothing was trained again."
+        return Outcome(adapter, torch.cat(samples), saved["losses"], report, listed(path))
+
+    # --- the run ---
+
+    def __call__(self) -> Outcome:
+        found = self.earlier()
+        if found is not None:
+            return found
+        self.folder.mkdir(parents=True, exist_ok=True)
+        states = self._states()
+        if not self.plan.resume:
+            for old in saved_states(states) if states.is_dir() else []:
+                old.unlink()
+        self.path = self._file()
+        plan, host_model = self.plan, self.host
+        with train_host.memory_explained():
+            self._say("Encoding pictures and captions")
+            host_model.encode_pictures(self.dataset)
+            texts = [r.caption for r in self.dataset.records]
+            host_model.encode_texts([*texts, "", self.dataset.class_prompt, *plan.samples.prompts])
+            class_records = self._class_records()
+            host_model.load(plan.settings.batch_size)
+            parts = {UNET: plan.oft}
+            if plan.encoders:
+                parts[ENCODERS] = dataclasses.replace(
+                    plan.oft,
+                    target_modules="attention",
+                    exclude_modules=None,
+                    conv_modules=None,
+                    layers_to_transform=None,
+                    layers_pattern=None,
+                )
+            bank = host_model.bank(parts, plan.settings.seed)
+        with tempfile.TemporaryDirectory(prefix="oft") as scratch:
+            # A run whose result no file can hold must not begin.
+            host_model.write(bank, None, os.path.join(scratch, "probe.safetensors"), {})
+        settings = plan.settings
+        if settings.loss_scale == 1.0 and host_model.loss_scale > 1:
+            settings = dataclasses.replace(settings, loss_scale=host_model.loss_scale)
+        self.bank = bank
+        trainer = self.trainer = Trainer(
+            bank,
+            settings,
+            self.objective,
+            list(self.dataset.records),
+            load=host_model.load_batch,
+            predict=host_model.predict,
+            class_records=class_records,
+            state_dir=states,
+            around=host_model.around,
+            progress=self._progress,
+            sample=self._sample,
+            fingerprint=self.identity,
+        )
+        self.resumed = trainer.step if plan.resume and trainer.resume() else 0
+        began = time.monotonic()
+        try:
+            result = trainer.run()
+        except Stopped:
+            self._keep_what_there_is("stopped")
+            raise
+        except train_host.TrainingError:
+            train_host.free_memory()
+            raise
+        if not result.losses:
+            raise ConfigError("Nothing was trained")
+        # The file first: a stop or a lack of memory in the last samples must not cost it.
+        adapter = self._write(self.path)
+        with train_host.memory_explained(), bank.installed(), bank.evaluation(trainer.values()):
+            self._sample(trainer.step, None)
+        report = self._report(adapter, time.monotonic() - began)
+        samples = torch.cat(self.pictures[-MOST_SAMPLES:])
+        copy = self.folder / f"adapter-{trainer.step:08d}.safetensors"
+        copy.write_bytes(self.path.read_bytes())
+        write_json(
+            self.result_file,
+            {
+                "file": str(self.path),
+                "copy": copy.name,
+                "losses": result.losses,
+                "report": report,
+                "samples": self.sample_files[-MOST_SAMPLES:],
+                "steps": trainer.step,
+            },
+        )
+        return Outcome(adapter, samples, result.losses, report, listed(self.path))
+
+    def _states(self) -> Path:
+        """Where this run's states are. A run that was longer keeps its own; a shorter one then has another place."""
+        saved = saved_states(self.folder)
+        if saved and int(saved[0].stem.rpartition("-")[2]) > self.plan.settings.steps:
+            return self.folder / f"{self.plan.settings.steps} steps"
+        return self.folder
+
+    def _class_records(self) -> list[Record]:
+        prompt, count = self.dataset.class_prompt, self.plan.class_pictures
+        if self.plan.prior == "match":
+            return [Record("class", prompt, (0, 0), role="class")]
+        if self.plan.prior != "pictures":
+            return []
+        size, plan = self.dataset.main_bucket, self.plan.samples
+        wanted = [self.identity["model"], self.identity["clip"], prompt, count, size, self.plan.settings.seed]
+        wanted += [plan.steps, plan.cfg, plan.sampler, plan.scheduler, plan.negative]
+        cache = state_root() / "class" / f"{digest(wanted)}.safetensors"
+        if cache.is_file():
+            latents = load_file(cache)["latents"]
+        else:
+            drawn = []
+            for i in range(count):
+                self._say(f"Drawing class picture {i + 1} of {count}")
+                drawn.append(self.host.sample_latent(prompt, plan, size, self.plan.settings.seed + i))
+            latents = self.host.base.process_latent_in(torch.cat(drawn)).float().cpu().contiguous()
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            part = cache.with_suffix(".part")
+            save_file({"latents": latents}, part)
+            os.replace(part, cache)
+        records = [Record(f"class {i}", prompt, size, role="class") for i in range(count)]
+        for record, latent in zip(records, latents, strict=True):
+            place = train_host._place(record)
+            self.host.latents[place], self.host.masks[place] = latent.unsqueeze(0), None
+        return records
+
+    # --- told while it runs ---
+
+    def _say(self, text: str) -> None:
+        """A line under the node; not more often than the page can show."""
+        # Not imported: without a running server there is nobody to tell.
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        send = getattr(server, "send_progress_text", None)
+        if send is not None and self.node_id is not None:
+            send(text, self.node_id)
+
+    def _progress(self, p: Progress) -> None:
+        if self.plan.settings.save_every and p.step % self.plan.settings.save_every == 0 and p.step < p.steps:
+            self._write(self.path.with_name(f"{self.path.stem}step{p.step:06d}.safetensors"))
+        now = time.monotonic()
+        if now - self.said > 0.5 or p.step == p.steps:
+            self.said = now
+            done = p.step - self.resumed
+            left = p.seconds / max(done, 1) * (p.steps - p.step)
+            self._say(f"Step {p.step} of {p.steps}, loss {p.loss:.4f}, {_duration(left)} left")
+        # Raises where the run was stopped on the page.
+        self.bar.update_absolute(p.step, p.steps)
+
+    def _sample(self, step: int, _: Any) -> None:
+        """Sample pictures of the rotations that are active, shown on the node."""
+        known = [f"samples/step{step:08d}-{i}.png" for i in range(len(self.plan.samples.prompts))]
+        if self.pictures and self.sample_files[-len(known) :] == known:
+            return
+        images = self.host.draw(self.plan.samples, self.dataset.main_bucket, self.plan.settings.batch_size)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        for name, image in zip(known, images, strict=True):
+            picture = to_pillow(image)
+            picture.save(self.folder / name)
+            self.sample_files.append(name)
+            self.pictures.append(from_pillow(picture))
+            self.bar.update_absolute(step, self.plan.settings.steps, ("JPEG", picture, 512))
+
+    # --- files ---
+
+    def _file(self) -> Path:
+        """The file of this run: the same one again where a stopped run goes on."""
+        mark = self.folder / "files.json"
+        names = json.loads(mark.read_text("utf-8")) if mark.is_file() else {}
+        key = f"{self.plan.settings.steps} {self.plan.name}"
+        if key not in names:
+            root = folder_paths.get_folder_paths(folders.FOLDER)[0]
+            names[key] = str(new_file(self.plan.name, root))
+            write_json(mark, names)
+        return Path(names[key])
+
+    def _write(self, path: Path) -> Adapter:
+        adapter, self.dialect = self.host.write(self.bank, self.trainer.values(), str(path), self._metadata())
+        return adapter
+
+    def _keep_what_there_is(self, why: str) -> None:
+        """After a stop: the state is on disk already, the file is written here."""
+        if self.trainer.step:
+            self._write(self.path)
+            done = f"{self.trainer.step} of {self.plan.settings.steps} steps"
+            log.info("OFT: %s after %s; kept in %s", why, done, self.path)
+            self._say(f"Stopped after {done}. Kept as {listed(self.path)}; queue again to go on.")
+
+    def _metadata(self) -> dict[str, str]:
+        plan, trainer, base = self.plan, self.trainer, self.host.base
+        captions = sorted({r.caption for r in self.dataset.records})
+        settings = {
+            "oft": plan.oft.to_dict(),
+            "training": dataclasses.asdict(plan.settings),
+            "objective": {k: v for k, v in trainer.objective.fingerprint().items()},
+            "preset": plan.preset,
+            "prior": plan.prior,
+            "class_prompt": self.dataset.class_prompt,
+        }
+        losses = trainer.losses
+        return {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.title": self.path.stem.rstrip("_"),
+            "modelspec.architecture": f"{type(base.model_config).__name__}/oft",
+            "modelspec.trigger_phrase": self.dataset.trigger,
+            "modelspec.prediction_type": trainer.objective.prediction,
+            "modelspec.resolution": f"{self.dataset.resolution}x{self.dataset.resolution}",
+            "ss_base_model_version": type(base.model_config).__name__,
+            "ss_network_module": "oft",
+            "ss_steps": str(trainer.step),
+            "ss_learning_rate": f"{plan.settings.lr:g}",
+            "ss_seed": str(plan.settings.seed),
+            "ss_num_train_images": str(len(self.dataset.records)),
+            "ss_tag_frequency": json.dumps({"captions": {c: 1 for c in captions[:200]}}),
+            "oft_settings": json.dumps(settings, default=str),
+            "oft_model": json.dumps(self.identity),
+            "oft_losses": json.dumps([round(x, 5) for x in losses[:: max(1, len(losses) // 500)]]),
+        }
+
+    def _report(self, adapter: Adapter, seconds: float) -> str:
+        trainer = self.trainer
+        done = trainer.step - self.resumed
+        losses = trainer.losses
+        few = max(1, len(losses) // 10)
+        lines = [
+            f"{trainer.step} steps"
+            + (f", {self.resumed} of them from an earlier run" if self.resumed else ""),
+            f"Loss {np.mean(losses[:few]):.4f} at first, {np.mean(losses[-few:]):.4f} at the end.",
+            f"{_duration(seconds)}, {seconds / max(done, 1):.2f} s a step." if done else "",
+            f"Prediction: {trainer.objective.prediction}. Prior: {self.plan.prior}.",
+        ]
+        for _, selection in self.bank.parts.values():
+            lines.append(selection.report())
+        lines += trainer.notes
+        lines += self.dataset.notes
+        lines.append(f"File: {listed(self.path)} ({self.dialect})")
+        lines.append(describe(adapter, adapter.bind(self.host.index)).to_text())
+        return "\n".join(line for line in lines if line)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def loss_curve(losses: list[float], size: tuple[int, int] = (640, 320)) -> torch.Tensor:
+    """IMAGE (1, h, w, 3): the loss of every step in grey, its running mean in colour."""
+    width, height = size
+    left, bottom = 56, 24
+    picture = Image.new("RGB", size, (255, 255, 255))
+    pen = ImageDraw.Draw(picture)
+    values = np.asarray(losses, dtype=np.float64)
+    span = max(1, len(values) // 20)
+    mean = np.array([values[max(0, i - span) : i + 1].mean() for i in range(len(values))])
+    # Single steps may stick out; the mean must stay readable.
+    low, high = min(values.min(), 0.0), max(float(np.quantile(values, 0.98)), float(mean.max()))
+    high = high if high > low else low + 1.0
+
+    def place(i: int, value: float) -> tuple[float, float]:
+        x = left + (width - left - 8) * (i / max(1, len(values) - 1))
+        y = height - bottom - (height - bottom - 8) * (min(value, high) - low) / (high - low)
+        return x, y
+
+    for k in range(5):
+        value = low + (high - low) * k / 4
+        y = place(0, value)[1]
+        pen.line([(left, y), (width - 8, y)], fill=(225, 225, 225))
+        pen.text((4, y - 6), f"{value:.3g}", fill=(60, 60, 60))
+    for series, colour in ((values, (190, 190, 190)), (mean, (200, 70, 20))):
+        points = [place(i, v) for i, v in enumerate(series)]
+        pen.line(points if len(points) > 1 else points * 2, fill=colour, width=2)
+    pen.text((left, height - 16), "1", fill=(60, 60, 60))
+    pen.text((width - 60, height - 16), f"{len(values)}", fill=(60, 60, 60))
+    return from_pillow(picture)
