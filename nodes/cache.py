@@ -32,23 +32,18 @@ class Batch:
     Lives as long as a model patcher that uses it (see `host.Keeper`); the built rotations go with it.
     """
 
-    def __init__(self, ops: Sequence[LayerRotation]):
+    def __init__(self, ops: Sequence[LayerRotation], mode: str):
         self.ops = tuple(ops)
-        self.size = sum(map(built_bytes, ops))
+        self.size = sum(op.built_bytes(mode) for op in ops)
         self.token = next(_counter)
         # (strength, device) -> (time of last use, rotations)
         self.built: dict[tuple[Strength, str], tuple[int, list[Built | None]]] = {}
         _batches[self.token] = self
 
 
-def built_bytes(op: LayerRotation) -> int:
-    """Bytes that the built rotation of `op` takes (float32 matrices)."""
-    return op.stages * op.stored * op.block * op.block * 4
-
-
-def batches(ops: Sequence[LayerRotation]) -> list[tuple[Batch, int]]:
+def batches(ops: Sequence[LayerRotation], mode: str) -> list[tuple[Batch, int]]:
     """Group `ops` by block size, in order, into batches of bounded size; gives (batch, place in it) for each
-    op.
+    op. mode: the strength mode that they will be built in.
     """
     groups: dict[int, list[int]] = {}
     for i, op in enumerate(ops):
@@ -57,14 +52,14 @@ def batches(ops: Sequence[LayerRotation]) -> list[tuple[Batch, int]]:
     for members in groups.values():
         portions, size = [[]], 0
         for i in members:
-            cost = built_bytes(ops[i])
+            cost = ops[i].built_bytes(mode)
             if portions[-1] and size + cost > BATCH_BYTES:
                 portions.append([])
                 size = 0
             portions[-1].append(i)
             size += cost
         for portion in portions:
-            batch = Batch([ops[i] for i in portion])
+            batch = Batch([ops[i] for i in portion], mode)
             out |= {i: (batch, place) for place, i in enumerate(portion)}
     return [out[i] for i in range(len(ops))]
 

@@ -247,7 +247,7 @@ def make_patches(
     """
     patches = list(patches)
     turned = [p for p in patches if isinstance(p.op, LayerRotation)]
-    placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned]), strict=True))
+    placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned], mode), strict=True))
     unpatched = side.patcher.get_key_patches() if any(p.op.needs_base_norm for p in patches) else {}
     out: list[dict[Any, RotationPatch]] = []
     for patch in patches:

@@ -28,6 +28,8 @@ from .rotation import (
     unpack_skew,
 )
 
+#: Longest axis of a butterfly whose product is raised to a power: that takes one dense matrix and its eigenvectors.
+LONGEST_PRODUCT = 2048
 #: An angle of a finished matrix closer to 180 degrees than this has no definite direction, hence no power.
 _AMBIGUOUS = torch.pi - 2e-3
 
@@ -251,6 +253,14 @@ class LayerRotation:
             )
         if strength.mode in ("linear", "core") or strength.value in (0.0, 1.0):
             return
+        if self._as_product(strength):
+            if self.axis > LONGEST_PRODUCT:
+                raise StrengthError(
+                    "Powers of a butterfly this long are not computed, since its product would be one dense matrix",
+                    file=file, module=module, found=f"{self.axis} channels, strength {strength.value:g}, mode geodesic",
+                    expected=f"at most {LONGEST_PRODUCT}", hint="Use mode 'rotation', which scales every factor's generator.",
+                )
+            return
         if self.kind == "matrix" and float(self.spectrum().planes.max()) > _AMBIGUOUS:
             raise StrengthError(
                 "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined",
@@ -264,6 +274,12 @@ class LayerRotation:
                     file=file, module=module, found=f"strength {strength.value:g}, generator norm {lam:.3g}",
                     expected="a generator norm below 1", hint="Use mode 'linear' for other strengths.",
                 )
+
+    def built_bytes(self, mode: str) -> int:
+        """Bytes that ``build`` gives in this mode, for planning."""
+        if self.butterfly and mode == "geodesic":
+            return 4 * self.axis**2
+        return 4 * self.stages * self.stored * self.block**2
 
     # ---------------------------------------------------------------- matrices
 
@@ -296,6 +312,32 @@ class LayerRotation:
         else:
             gain, angle = scaled_planes(kind, lam, s)
         return sp.apply(gain * torch.cos(angle), gain * torch.sin(angle))
+
+    def _as_product(self, strength: Strength) -> bool:
+        """Whether the power of the whole product is wanted: R^s of a butterfly is not the product of its factors' powers."""
+        return bool(self.butterfly) and strength.mode == "geodesic" and not _directly(self, strength)
+
+    def _product_power(self, strength: Strength, device: torch.device | str) -> Tensor:
+        """M^s of a butterfly multiplied out, limits applied, float64 (1, 1, axis, axis). Not kept: it is large.
+
+        Raises StrengthError where the product turns a plane by 180 degrees.
+        """
+        coft = "file" if isinstance(strength.coft, float) else strength.coft
+        if self.kind == "matrix":
+            factors = self.matrix.double()
+        else:
+            held = Strength(strength.value if coft == "hold" else 1.0, "geodesic", coft)
+            limit = self._limit(held, "cpu").expand(self.stages, self.stored)
+            factors = transform(self.kind, self.terms).matrix(self._dense("cpu") * limit[..., None, None])
+        m = torch.eye(self.axis, dtype=torch.float64)
+        for i, factor in enumerate(factors):
+            m = multiply.rotate(m, factor, multiply.butterfly_permutation(self.butterfly, i, self.block, self.axis))
+        whole = LayerRotation(self.side, self.axis, 1, kind="matrix", matrix=m.float()[None, None])
+        if self.exact:  # orthogonal already, so there is nothing to split off
+            eye, ones = torch.eye(self.axis, dtype=torch.float64), torch.ones(1, 1, self.axis, dtype=torch.float64)
+            whole._cache["polar"] = (m[None, None], eye[None, None], ones, ones)
+        whole.check_strength(strength)
+        return whole._matrices_from_planes(strength, device)
 
     # ---------------------------------------------------------------- application
 
@@ -368,12 +410,15 @@ class LayerRotation:
             rows, cols = powered(rows, s), powered(cols, s)
             inverse = s < 0
         index: list[Tensor | None] | None = None
-        if self.butterfly:
+        count = self.count
+        if built.product:
+            count = 1
+        elif self.butterfly:
             index = [
                 multiply.butterfly_permutation(self.butterfly, i, self.block, self.axis, weight.device) for i in built.order
             ]
         multiply.transform_(
-            weight, stages, side=self.side, count=self.count, permutations=index, rows=rows, cols=cols, mix=mix, inverse=inverse,
+            weight, stages, side=self.side, count=count, permutations=index, rows=rows, cols=cols, mix=mix, inverse=inverse,
             memory_view=self.memory_view,
         )
 
@@ -410,6 +455,8 @@ class Built:
     matrices: Tensor
     #: Stage numbers in acting order: ascending, or descending for an inverse.
     order: tuple[int, ...]
+    #: One dense matrix over the whole axis instead of a butterfly's factors.
+    product: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -509,6 +556,10 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
             continue
         if _directly(layer, strength) and layer.kind != "matrix":
             groups.setdefault((layer.block, layer.kind, layer.terms), []).append(i)
+            continue
+        if layer._as_product(strength):
+            m = layer._product_power(strength, where)
+            out[i] = Built(m.to(target, torch.float32), (0,), product=True)
             continue
         if layer.kind == "matrix" and _directly(layer, strength):
             m = layer.matrix.to(where)

@@ -110,9 +110,12 @@ def test_input_side_keeps_neuron_norms(name: str, s: float) -> None:
     assert (w.norm(dim=1) / weight().norm(dim=1) - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["out", "in", "shared", "one big block", "expm", "finished", "in rescaled", "weak", "strong"])
+@pytest.mark.parametrize(
+    "name",
+    ["out", "in", "shared", "one big block", "expm", "finished", "in rescaled", "weak", "strong", "lycoris butterfly", "peft butterfly"],
+)
 def test_geodesic_strengths_add(name: str) -> None:
-    # Not for butterflies (each factor has its own powers) nor for row scales on the rotated side (they do not commute).
+    # Not for row scales on the rotated side: they do not commute with the rotation.
     twice, once = weight(), weight()
     ALL[name].apply_(twice, Strength(0.3, "geodesic"))
     ALL[name].apply_(twice, Strength(0.5, "geodesic"))
@@ -126,6 +129,24 @@ def test_geodesic_steps_are_equal_angles() -> None:
     for s in (0.25, 0.5, 1.5, -1):
         m = dense(layer, Strength(s, "geodesic"))
         assert math.atan2(float(m[1, 0]), float(m[0, 0])) == pytest.approx(s * full, abs=1e-6)
+
+
+def test_geodesic_power_of_a_butterfly_is_that_of_its_product() -> None:
+    layer = EXACT["lycoris butterfly"]
+    half = dense(layer, Strength(0.5, "geodesic"))
+    assert (half @ half - dense(layer, Strength(1.0))).abs().max() < 3e-6
+    by_factor = dense(layer, Strength(0.5))
+    assert (by_factor @ by_factor - dense(layer, Strength(1.0))).abs().max() > 1e-2  # the generators' rule is another one
+    capped = dense(layer, Strength(1.5, "geodesic", 12.0))
+    assert math.degrees(math.acos(float(torch.linalg.eigvals(capped).real.min()))) == pytest.approx(12.0, abs=0.05)
+
+
+def test_geodesic_power_of_a_long_butterfly_is_refused() -> None:
+    layer = LayerRotation("out", 4, 1024, generator=packed(2, 1024, 4, 0.3), butterfly="lycoris")
+    for allowed in (Strength(1.0, "geodesic"), Strength(0.5), Strength(0.5, "linear")):
+        layer.check_strength(allowed)
+    with pytest.raises(StrengthError, match="not computed"):
+        layer.check_strength(Strength(0.5, "geodesic"), module="m")
 
 
 def test_rotation_scales_the_generator() -> None:
