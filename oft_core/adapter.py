@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .constraint import Strength
 from .errors import FileError, FormatError, ModelMismatch, ValueFault
-from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, group, what_is_it
+from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, group, reader, what_is_it
 from .formats.common import Piece
 from .layer import Built, Diff, LayerRotation, build_all
 from .names import NameIndex, Target, component, guess_family
@@ -279,7 +279,7 @@ def read_tensors(
         _check_values(module)
         dialect, reason = found
         reasons.setdefault(dialect, reason)
-        entries[module.name] = Entry(module.name, dialect, DIALECTS[dialect].read(module))
+        entries[module.name] = Entry(module.name, dialect, reader(module, dialect))
     count = Counter(e.dialect for e in entries.values() if e.dialect != "F5d")
     if not count:
         raise FormatError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .errors import StrengthError
@@ -76,6 +75,3 @@ class Constraint:
     def use(self) -> float:
         """Largest share of the radius that the stored generator takes; above 1 the limit is active."""
         return float(self.norm.max()) / self.limit if self.limit > 0 else math.inf
-
-    def to(self, device: torch.device) -> Constraint:
-        return Constraint(self.family, self.limit, self.norm.to(device), self.smooth)

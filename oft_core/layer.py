@@ -94,10 +94,6 @@ class LayerRotation:
         return self.kind in ("cayley", "expm")
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.to_state()[0] if t is not None)
-
-    @property
     def needs_base_norm(self) -> bool:
         return self.norm_of == "base"
 
@@ -458,10 +454,6 @@ class Built:
     #: One dense matrix over the whole axis instead of a butterfly's factors.
     product: bool = False
 
-    @property
-    def nbytes(self) -> int:
-        return self.matrices.numel() * self.matrices.element_size()
-
 
 @dataclass(frozen=True)
 class Diff:
@@ -469,10 +461,6 @@ class Diff:
 
     delta: Tensor
     needs_base_norm: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return self.delta.numel() * self.delta.element_size()
 
     def build(self, strength: Strength, device: torch.device | str = "cpu") -> None:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import comfy, kohya, lycoris, onetrainer, paper, peft
 from .common import Context, Maker, Module, Piece, ReadOptions
 
-__all__ = ["DIALECTS", "Context", "Dialect", "Maker", "Module", "Piece", "ReadOptions", "detect", "group", "what_is_it"]
+__all__ = ["DIALECTS", "Context", "Dialect", "Maker", "Module", "Piece", "ReadOptions", "detect", "group", "reader", "what_is_it"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,19 @@ def detect(module: Module) -> tuple[str, str] | None:
     if has("diff") or has("diff_b"):
         return "F5d", "diff"
     return None
+
+
+def reader(module: Module, dialect: str) -> Maker:
+    """The dialect's reader, with the additive differences that any of them may have beside its rotation."""
+    make = DIALECTS[dialect].read(module)
+    beside = comfy.differences(module)
+    if dialect not in ("F11", "F12", "F13", "F14"):
+        foreign = [s for s in module.tensors if s in _EXTRAS or s.startswith(("lokr_", "lora_magnitude"))]
+        if foreign:
+            module.context.note(f"'{foreign[0]}' beside this kind of rotation has no known meaning and is not applied.")
+    if dialect == "F5d" or not beside:
+        return make
+    return lambda shape: [*make(shape), *beside]
 
 
 def what_is_it(keys: list[str]) -> str:

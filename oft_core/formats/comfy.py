@@ -15,8 +15,7 @@ def read_f5(module: Module) -> Maker:
         rotation.constraint = Constraint(
             "ComfyUI trainer: alpha over the whole layer", rotation.core_alpha, rotation.constraint.norm
         )
-    pieces = [Piece(rotation), *differences(module)]
-    return lambda shape: pieces
+    return lambda shape: [Piece(rotation)]
 
 
 def differences(module: Module) -> list[Piece]:

@@ -94,6 +94,10 @@ def read_oft_v2(module: Module) -> Maker:
     direction = -1.0 if takenoko and kind == "cayley" else 1.0
     clip = module.number("oft_R.clipped_oft")
     ratio, norm_of = dora_factor(module)
+    columns = module.get("dora_log_multiplier_col")
+    if columns is not None:
+        columns = columns.reshape(-1)
+        columns = (columns - columns.mean()).exp()
     added = lokr_delta(module)
 
     def make(shape: Sequence[int] | None) -> list[Piece]:
@@ -107,7 +111,7 @@ def read_oft_v2(module: Module) -> Maker:
         rotation = LayerRotation(
             "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
             constraint=coft_limit(module, packed, conv),
-            clip=clip, row_scale=ratio, norm_of=norm_of, added=added,
+            clip=clip, row_scale=ratio, norm_of=norm_of, added=added, col_scale=columns,
         )
         return [Piece(rotation)]
 

@@ -488,3 +488,25 @@ def test_estimated_measures_are_close(dialect: str, monkeypatch: pytest.MonkeyPa
     assert rough.max_angle == pytest.approx(exact.max_angle, rel=0.2)
     assert rough.mean_angle == pytest.approx(exact.mean_angle, rel=0.3)
     assert rough.orthogonality_error == pytest.approx(exact.orthogonality_error, rel=0.9, abs=1e-6)
+
+
+def test_column_factors_of_the_analysis_tool() -> None:
+    v = rand(IN, seed=7)
+    tensors = SAMPLES["F11"][0] | {f"lora_unet_{U}.dora_log_multiplier_col": v}
+    rotated = W.double() @ torch.block_diag(*n5(skew(PACKED, 4))).T
+    close(merged(tensors, W), rotated * (v - v.mean()).double().exp())
+
+
+@pytest.mark.parametrize("dialect", ["F1", "F3", "F5", "F11"])
+def test_differences_beside_any_rotation_are_applied(dialect: str) -> None:
+    tensors = dict(SAMPLES[dialect][0])
+    name = next(iter(tensors)).rpartition(".oft_")[0]
+    tensors |= {f"{name}.diff": rand(OUT, IN, seed=30), f"{name}.diff_b": rand(OUT, seed=31)}
+    close(merged(tensors, W), merged(SAMPLES[dialect][0], W).double() + rand(OUT, IN, seed=30).double())
+    shapes = {f"{Q}.weight": (OUT, IN), f"{Q}.bias": (OUT,)}
+    assert [p.key for p in read_tensors(tensors).bind(NameIndex(shapes)).patches] == [f"{Q}.weight", f"{Q}.weight", f"{Q}.bias"]
+
+
+def test_extras_without_a_meaning_are_named() -> None:
+    tensors = SAMPLES["F3"][0] | {f"lora_unet_{U}.dora_scale": torch.ones(OUT, 1)}
+    assert any("dora_scale" in n for n in read_tensors(tensors).notes)
