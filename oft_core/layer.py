@@ -283,8 +283,11 @@ class LayerRotation:
         """The matrices at a strength, float32 on ``device``; None at strength 0, where the weight stays as it is."""
         return build_all([self], strength, device)[0]
 
-    def _matrices_from_planes(self, strength: Strength, device: torch.device | str) -> Tensor:
-        """M of every stage and stored block by its invariant planes, float64 (stages, stored, b, b)."""
+    def _planes(self, strength: Strength, device: torch.device | str) -> tuple[Spectrum, Tensor, Tensor]:
+        """Invariant planes, and gain and angle of M in each of them at this strength; all float64, (stages, stored, b).
+
+        Of finished matrices the planes of the orthogonal part; their stretching is not in the gain.
+        """
         s = strength.value
         sp = self.spectrum()
         sp = Spectrum(*(t.to(device, torch.float64) for t in (sp.vectors, sp.planes, sp.turn, sp.turn_size)))
@@ -294,20 +297,35 @@ class LayerRotation:
             if isinstance(strength.coft, float):
                 top = angle.abs().amax(-1, keepdim=True)
                 angle = angle * (torch.pi * strength.coft / 180 / top.clamp_min(1e-30)).clamp_max(1.0)
-            turned = sp.apply(torch.cos(angle), torch.sin(angle))
-            _, vectors, sigma, rows = (t.to(device) for t in self._polar())
-            # M = D U P and its power D^s U^s P^s; the inverse order for negative s makes M(-s) M(s) = I.
-            stretch = (vectors * sigma.pow(s).unsqueeze(-2)) @ vectors.transpose(-1, -2)
-            rows = rows.pow(s)
-            return rows.unsqueeze(-1) * (turned @ stretch) if s > 0 else (stretch @ turned) * rows.unsqueeze(-2)
+            return sp, torch.ones_like(angle), angle
         kind = transform(self.kind, self.terms)
-        lam = sp.planes * limit
+        lam = sp.planes * self._limit(strength, device).expand(self.stages, self.stored).unsqueeze(-1)
         if strength.mode == "geodesic":
             gain, angle = kind.plane(lam)
-            gain, angle = gain.pow(s), angle * s
-        else:
-            gain, angle = scaled_planes(kind, lam, s)
-        return sp.apply(gain * torch.cos(angle), gain * torch.sin(angle))
+            return sp, gain.pow(s), angle * s
+        return sp, *scaled_planes(kind, lam, s)
+
+    def _matrices_from_planes(self, strength: Strength, device: torch.device | str) -> Tensor:
+        """M of every stage and stored block by its invariant planes, float64 (stages, stored, b, b)."""
+        s = strength.value
+        sp, gain, angle = self._planes(strength, device)
+        turned = sp.apply(gain * torch.cos(angle), gain * torch.sin(angle))
+        if self.kind != "matrix":
+            return turned
+        _, vectors, sigma, rows = (t.to(device) for t in self._polar())
+        # M = D U P and its power D^s U^s P^s; the inverse order for negative s makes M(-s) M(s) = I.
+        stretch = (vectors * sigma.pow(s).unsqueeze(-2)) @ vectors.transpose(-1, -2)
+        rows = rows.pow(s)
+        return rows.unsqueeze(-1) * (turned @ stretch) if s > 0 else (stretch @ turned) * rows.unsqueeze(-2)
+
+    def logarithm(self, strength: Strength) -> Tensor:
+        """log M of every stage and stored block at a strength, float64 (stages, stored, b, b); skew where M is orthogonal.
+
+        strength: mode rotation or geodesic, for which ``check_strength`` passes. Row and column factors are not in it, nor is the
+        stretching of a finished matrix that is not orthogonal. The angle is the one turned by, also above 180 degrees.
+        """
+        sp, gain, angle = self._planes(strength, "cpu")
+        return sp.apply(gain.clamp_min(1e-30).log(), angle)
 
     def _as_product(self, strength: Strength) -> bool:
         """Whether the power of the whole product is wanted: R^s of a butterfly is not the product of its factors' powers."""
