@@ -291,7 +291,6 @@ class LayerRotation:
         s = strength.value
         sp = self.spectrum()
         sp = Spectrum(*(t.to(device, torch.float64) for t in (sp.vectors, sp.planes, sp.turn, sp.turn_size)))
-        limit = self._limit(strength, device).expand(self.stages, self.stored).unsqueeze(-1)
         if self.kind == "matrix":
             angle = s * sp.planes
             if isinstance(strength.coft, float):
