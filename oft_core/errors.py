@@ -73,3 +73,7 @@ class ModelMismatch(AdapterError):
 
 class StrengthError(AdapterError):
     """The mode or strength is not defined for this file."""
+
+
+class StackError(AdapterError):
+    """These adapters cannot be averaged into one."""
