@@ -131,7 +131,8 @@ def _clip_side(clip: Any) -> Side:
     return Side("clip", "Text encoders", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
 
 
-def _sides(model: Any | None, clip: Any | None) -> list[Side]:
+def sides_of(model: Any | None, clip: Any | None) -> list[Side]:
+    """What there is to patch, the diffusion model first; either may be None."""
     sides = [_model_side(model)] if model is not None else []
     return sides if clip is None else [*sides, _clip_side(clip)]
 
@@ -145,7 +146,7 @@ def _names(sides: list[Side]) -> tuple[dict[str, tuple[int, ...]], dict[str, Tar
 
 def index_of(model: Any | None, clip: Any | None) -> HostIndex:
     """The names of a MODEL's and a CLIP's weights together; either may be None."""
-    return HostIndex(*_names(_sides(model, clip)))
+    return HostIndex(*_names(sides_of(model, clip)))
 
 
 
@@ -279,79 +280,110 @@ class Applied:
     warnings: tuple[str, ...]
 
 
-def apply(
-    adapter: Adapter, model: Any | None, clip: Any | None, at_model: Strength, at_clip: Strength
-) -> Applied:
-    """Patch clones of `model` and `clip` with the file, each at its own strength.
+@dataclass(frozen=True)
+class Placed:
+    """An adapter's patches on a model, before anything is patched: side name -> (patch, its strength)."""
 
-    model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
-    without patches. Raises `ModelMismatch` if no layer of the file belongs to the given models, and
-    `StrengthError` if the mode is not defined for the file.
+    patches: dict[str, list[tuple[Patch, Strength]]]
+    report: str
+    warnings: tuple[str, ...]
+
+
+def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Strength) -> Placed:
+    """Find the adapter's layers on the sides and check the strengths; nothing is patched.
+
+    Raises `ModelMismatch` if no layer of the file belongs to the given models, and `StrengthError` if the
+    mode is not defined for the file.
     """
-    sides = _sides(model, clip)
-    absent = _absent(adapter, model, clip)
+    given = {side.name for side in sides}
+    absent = _absent(adapter, given)
     binding = _bound(adapter, *_names(sides), absent)
 
-    given = {"model": model, "clip": clip}
+    patches: dict[str, list[tuple[Patch, Strength]]] = {side.name: [] for side in sides}
     notes: list[str] = []
     for side in sides:
         at = at_model if side.name == "model" else at_clip
         mine = [p for p in binding.patches if _side_of(p, sides) is side]
         if not mine:
             continue
+        patches[side.name] = [(patch, at) for patch in mine]
         if at.value == 0:
             notes.append(f"{side.words}: strength 0, nothing changed.")
             continue
         with normal_tensors():
             for patch in mine:
                 patch.op.check_strength(at, module=patch.module, file=adapter.path)
-        given[side.name] = _patched(side, mine, at)
-        if side.name == "clip" and model is not None and at != at_model:
+        if side.name == "clip" and "model" in given and at != at_model:
             notes.append(f"Text encoders: strength {at.value:g}.")
 
     unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
     with normal_tensors():
-        at = at_model if model is not None else at_clip
+        at = at_model if "model" in given else at_clip
         report = describe(adapter, replace(binding, unmatched=unmatched), at)
     left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
     notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
-    text = "\n".join([report.to_text(), *notes])
     for warning in report.warnings:
         log.warning("OFT %s: %s", adapter.name, warning)
-    return Applied(given["model"], given["clip"], text, tuple(report.warnings))
+    return Placed(patches, "\n".join([report.to_text(), *notes]), tuple(report.warnings))
+
+
+def apply(
+    adapter: Adapter, model: Any | None, clip: Any | None, at_model: Strength, at_clip: Strength
+) -> Applied:
+    """Patch clones of `model` and `clip` with the file, each at its own strength.
+
+    model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
+    without patches. Raises what `place` raises.
+    """
+    sides = sides_of(model, clip)
+    placed = place(adapter, sides, at_model, at_clip)
+    given = {"model": model, "clip": clip}
+    for side in sides:
+        given[side.name] = patched(side, placed.patches[side.name])
+    return Applied(given["model"], given["clip"], placed.report, placed.warnings)
 
 
 def _side_of(patch: Patch, sides: list[Side]) -> Side:
     return next(side for side in sides if patch.key in side.shapes)
 
 
-def _patched(side: Side, patches: list[Patch], at: Strength) -> Any:
-    """A clone of the side's MODEL or CLIP with the patches added."""
+def patched(side: Side, placed: Iterable[tuple[Patch, Strength]]) -> Any:
+    """A clone of the side's MODEL or CLIP with the patches added, each at its strength.
+
+    Patches at strength 0 are left out; where none remains the side is handed on as it came.
+    """
+    groups: dict[Strength, list[Patch]] = {}
+    for patch, at in placed:
+        if at.value != 0:
+            groups.setdefault(at, []).append(patch)
+    if not groups:
+        return side.owner
     clone = side.owner.clone()
-    dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
-    for patch_dict in dictionaries:
-        taken = set(clone.add_patches(patch_dict, at.value))
-        refused = [key for key in patch_dict if key not in taken]
-        if refused:
-            # The keys come from this very model, so a pack must have replaced its patcher.
-            raise AdapterError(
-                "The model did not accept all patches",
-                found=f"{len(refused)} refused, for instance {refused[0]}",
-                hint="Another custom node may have replaced the model's patching; try without it.",
-            )
     patcher = clone.patcher if side.name == "clip" else clone
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
+    for at, patches in groups.items():
+        dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
+        for patch_dict in dictionaries:
+            taken = set(clone.add_patches(patch_dict, at.value))
+            refused = [key for key in patch_dict if key not in taken]
+            if refused:
+                # The keys come from this very model, so a pack must have replaced its patcher.
+                raise AdapterError(
+                    "The model did not accept all patches",
+                    found=f"{len(refused)} refused, for instance {refused[0]}",
+                    hint="Another custom node may have replaced the model's patching; try without it.",
+                )
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
     return clone
 
 
-def _absent(adapter: Adapter, model: Any | None, clip: Any | None) -> dict[str, str]:
-    """Components that the file has and the node was not given, with words for them."""
+def _absent(adapter: Adapter, given: set[str]) -> dict[str, str]:
+    """Components that the file has and the node was not given, with words for them. given: side names."""
     words = {
         c: "the text encoder (no CLIP given)" if c != "unet" else "the diffusion model (no MODEL given)"
         for c in map(component, adapter.entries)
     }
     return {
-        c: w for c, w in words.items() if (c == "unet" and model is None) or (c != "unet" and clip is None)
+        c: w for c, w in words.items() if ("model" if c == "unet" else "clip") not in given
     }
 
 

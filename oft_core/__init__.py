@@ -2,7 +2,16 @@
 
 from .adapter import Adapter, Binding, Entry, Patch, load_adapter, read_tensors
 from .constraint import COFT_CHOICES, MODES, Constraint, Strength
-from .errors import AdapterError, FileError, FormatError, ModelMismatch, ShapeError, StackError, StrengthError, ValueFault
+from .errors import (
+    AdapterError,
+    FileError,
+    FormatError,
+    ModelMismatch,
+    ShapeError,
+    StackError,
+    StrengthError,
+    ValueFault,
+)
 from .formats import ReadOptions
 from .layer import Built, Diff, LayerRotation, build_all
 from .merge import merge_file
@@ -13,6 +22,6 @@ __version__ = "0.1.0"
 __all__ = [
     "COFT_CHOICES", "MODES", "Adapter", "AdapterError", "Binding", "Built", "Constraint", "Diff", "Entry", "FileError",
     "FormatError", "LayerRotation", "ModelMismatch", "NameIndex", "Patch", "ReadOptions", "Report", "ShapeError", "StackError",
-    "Strength", "StrengthError", "Target", "ValueFault", "build_all", "component", "describe", "guess_family", "load_adapter", "merge_file",
-    "read_tensors",
+    "Strength", "StrengthError", "Target", "ValueFault", "build_all", "component", "describe", "guess_family", "load_adapter",
+    "merge_file", "read_tensors",
 ]
