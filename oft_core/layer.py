@@ -391,29 +391,42 @@ class LayerRotation:
 
     def _row_factors(self, weight: Tensor, base_row_norm: Tensor | None) -> Tensor | None:
         """Row factors at strength 1 for this weight, float32 (out,)."""
-        rows = self.row_scale
-        if rows is not None:
-            rows = rows.to(weight.device, torch.float32)
-            norm = base_row_norm
-            if self.norm_of == "current":
-                norm = multiply.row_norms(weight)
-            if self.norm_of:
-                if norm is None:
-                    raise ShapeError("The row norms of the unpatched weight are needed for this layer (dora_scale)")
-                rows = rows / norm.to(weight.device, torch.float32).clamp_min(1e-12)
+        current = self.row_scale is not None and self.norm_of == "current"
+        return self.row_factors(multiply.row_norms(weight) if current else base_row_norm, weight.device)
+
+    def row_factors(self, norm: Tensor | None, device: torch.device | str) -> Tensor | None:
+        """Row factors at strength 1, float32 (out,) on ``device``; None without any.
+
+        norm: (out,) the row norms that ``norm_of`` asks for. Raises ShapeError if they are needed and absent.
+        """
+        if self.row_scale is None:
+            return None
+        rows = self.row_scale.to(device, torch.float32)
+        if self.norm_of:
+            if norm is None:
+                raise ShapeError("The row norms of the unpatched weight are needed for this layer (dora_scale)")
+            rows = rows / norm.to(device, torch.float32).clamp_min(1e-12)
         return rows
 
     def _multiply_(self, weight: Tensor, built: Built, rows: Tensor | None, strength: Strength) -> None:
+        f = self.factors(built, rows, strength, weight.device)
+        multiply.transform_(
+            weight, f.stages, side=self.side, count=f.count, permutations=f.permutations, rows=f.rows, cols=f.cols, mix=f.mix,
+            inverse=f.inverse, memory_view=self.memory_view,
+        )
+
+    def factors(self, built: Built, rows: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
+        """What the rotation at a strength multiplies with. rows: the factors at strength 1 of ``row_factors``."""
         s, mode = strength.value, strength.mode
-        cols = None if self.col_scale is None else self.col_scale.to(weight.device, torch.float32)
-        matrices = built.matrices.to(weight.device)
+        cols = None if self.col_scale is None else self.col_scale.to(device, torch.float32)
+        matrices = built.matrices.to(device)
         stages = [matrices[i] for i in built.order]
         mix: float | None = None
         inverse = False
         if mode == "core":
             mix = s if self.butterfly else s * s
             if self.butterfly:
-                eye = torch.eye(self.block, device=weight.device)
+                eye = torch.eye(self.block, device=device)
                 stages = [torch.lerp(eye.expand_as(m), m, s) for m in stages]
             else:
                 rows = cols = None
@@ -427,13 +440,8 @@ class LayerRotation:
         if built.product:
             count = 1
         elif self.butterfly:
-            index = [
-                multiply.butterfly_permutation(self.butterfly, i, self.block, self.axis, weight.device) for i in built.order
-            ]
-        multiply.transform_(
-            weight, stages, side=self.side, count=count, permutations=index, rows=rows, cols=cols, mix=mix, inverse=inverse,
-            memory_view=self.memory_view,
-        )
+            index = [multiply.butterfly_permutation(self.butterfly, i, self.block, self.axis, device) for i in built.order]
+        return Factors(stages, index, rows, cols, mix, inverse, count)
 
     # ---------------------------------------------------------------- plain state, for hosts that rebuild objects
 
@@ -470,6 +478,19 @@ class Built:
     order: tuple[int, ...]
     #: One dense matrix over the whole axis instead of a butterfly's factors.
     product: bool = False
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One rotation at one strength as plain numbers, in the terms of ``blocks.transform_``."""
+
+    stages: list[Tensor]
+    permutations: list[Tensor | None] | None
+    rows: Tensor | None
+    cols: Tensor | None
+    mix: float | None
+    inverse: bool
+    count: int
 
 
 @dataclass(frozen=True)
