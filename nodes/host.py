@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,6 +148,19 @@ def index_of(model: Any | None, clip: Any | None) -> HostIndex:
     """The names of a MODEL's and a CLIP's weights together; either may be None."""
     return HostIndex(*_names(sides_of(model, clip)))
 
+
+def own_weights(model: Any | None, clip: Any | None) -> Callable[[str], torch.Tensor]:
+    """Parameter key -> the model's own value of it, without the patches that ComfyUI has merged into it."""
+    sides = sides_of(model, clip)
+
+    def get(key: str) -> torch.Tensor:
+        side = next(side for side in sides if key in side.shapes)
+        saved = side.patcher.backup.get(key)
+        if saved is not None:
+            return getattr(saved, "weight", saved)
+        return comfy.utils.get_attr(side.patcher.model, key)
+
+    return get
 
 
 # --- the patch object ---------------------------------------------------------------------------------------

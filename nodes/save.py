@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..oft_core import Adapter
+from ..oft_core import Adapter, Diff, LayerRotation
 from ..oft_core.errors import FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
@@ -27,8 +27,9 @@ TIPS = {
     "model": "The model that the adapter is for. Needed for any dialect but 'as it is'.",
     "clip": "Its text encoders, if the adapter has layers for them.",
     "dialect": (
-        "Whose format to write. oft_v2: OneTrainer. peft: a folder with its config. lycoris: Diag-OFT. kohya, "
-        "comfy: those tools' own. A dialect that cannot hold the adapter is refused with the reason."
+        "Whose format to write. oft_v2: OneTrainer. oft_v2_plus: the same with trained biases and whole layers, "
+        "for this pack. peft: a folder with its config. lycoris: Diag-OFT. kohya, comfy: those tools' own. A "
+        "dialect that cannot hold the adapter is refused with the reason."
     ),
     "precision": "Of the numbers in the file. fp16 halves its size and is precise enough for pictures.",
     "folder": "oft: models/oft, where Load OFT finds it at once. output: ComfyUI's output folder.",
@@ -118,20 +119,20 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
             module=next(iter(binding.unmatched)),
             hint="Connect the model (and CLIP) that it was made for.",
         )
-    layers: dict[str, Any] = {}
+    layers: dict[str, LayerRotation] = {}
+    beside: dict[str, Diff] = {}
     for patch in binding.patches:
-        if (
-            not isinstance(patch.op, host.LayerRotation)
-            or patch.rows
-            or patch.swap_halves
-            or patch.key in layers
-        ):
+        place = layers if isinstance(patch.op, LayerRotation) else beside
+        if patch.rows or patch.swap_halves or patch.key in place:
             raise FormatError(
                 "This adapter has a layer that cannot be written in another dialect", module=patch.module
             )
-        layers[patch.key] = patch.op
+        place[patch.key] = patch.op
     target = path.with_suffix("") if dialect == "peft" else path
-    return write_adapter(layers, index, target, dialect, metadata=adapter.metadata, dtype=dtype)
+    own = host.own_weights(model, clip)
+    return write_adapter(
+        layers, index, target, dialect, beside=beside, base=own, metadata=adapter.metadata, dtype=dtype
+    )
 
 
 NODES = (OFTSave,)

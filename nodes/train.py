@@ -67,6 +67,11 @@ CONFIG_TIPS = {
     "layers_to_transform": "Numbers of the blocks to train, separated by commas. Needs target_modules as names.",
     "layers_pattern": "Name of the module list that those numbers count in, such as 'transformer_blocks'.",
     "rank_pattern": 'Other numbers of blocks for some layers, as JSON: {"to_q": 8}.',
+    "alpha_pattern": "Accepted, so that settings of other methods can be used as they are. OFT has no alpha: no effect.",
+    "modules_to_save": (
+        "Whole modules that are trained freely as well: names separated by commas, such as 'out'. Large, and held by some "
+        "file formats only. Not in text encoders."
+    ),
     "blocks": "Number of blocks of every layer, instead of a block size (PEFT's r). 0: use the block size.",
     "spectral_clip": "Largest singular value of a block's generator; 0: none.",
     "angle_cap": "No plane turns further than this many degrees, unless coft = angle; 180: no limit.",
@@ -141,6 +146,7 @@ class OFTTrainConfigNode(io.ComfyNode):
                 text("layers_to_transform"),
                 text("layers_pattern"),
                 text("rank_pattern"),
+                text("alpha_pattern"),
                 whole("blocks", 0, 0, 4096),
                 number("module_dropout", 0.0, 0.0, 0.99),
                 choice("side", ("input", "output"), default.side),
@@ -148,6 +154,11 @@ class OFTTrainConfigNode(io.ComfyNode):
                 switch("scaled"),
                 switch("block_share"),
                 switch("use_cayley_neumann"),
+                whole("num_cayley_neumann_terms", default.num_cayley_neumann_terms, 1, 20),
+                choice("bias", ("none", "all", "oft_only"), default.bias),
+                text("modules_to_save"),
+                switch("fan_in_fan_out"),
+                switch("init_weights"),
                 number("angle_cap", 60.0, 0.1, 180.0, 0.1),
                 number("spectral_clip", 0.0, 0.0, 100.0),
                 choice("optimizer", OPTIMIZERS, settings.optimizer),

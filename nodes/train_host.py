@@ -26,7 +26,7 @@ import comfy.utils
 import torch
 from torch import nn
 
-from ..oft_core import Adapter, LayerRotation
+from ..oft_core import Adapter, Diff, LayerRotation
 from ..oft_core.adapter import load_adapter
 from ..oft_core.errors import FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
@@ -50,7 +50,7 @@ log = logging.getLogger("oft")
 LOW_VRAM = ("off", "checkpointing", "offload")
 UNET, ENCODERS = "unet", "te"
 # Dialects in the order in which a trained adapter is written: the first that can hold it.
-DIALECTS = ("oft_v2", "lycoris", "comfy")
+DIALECTS = ("oft_v2", "lycoris", "comfy", "oft_v2_plus")
 OUT_OF_MEMORY = comfy.model_management.OOM_EXCEPTION
 Stopped = comfy.model_management.InterruptProcessingException
 
@@ -290,6 +290,8 @@ class HostModel:
         """Rotations for `UNET` and, if named, `ENCODERS`. Raises ConfigError if nothing can be trained."""
         models = {UNET: self.net, ENCODERS: self.encoders}
         chosen = {part: (models[part], config.select(models[part])) for part, config in parts.items()}
+        for model, selection in chosen.values():
+            _check_whole(model, selection.modules_to_save)
         return RotationBank(chosen, seed=seed, device=self.device, weight_of=self._weight_of)
 
     def _weight_of(self, module: nn.Module) -> torch.Tensor:
@@ -457,23 +459,25 @@ class HostModel:
         Raises FormatError with the reasons of all dialects if none can hold it.
         """
         layers: dict[str, LayerRotation] = {}
+        beside: dict[str, Diff] = {}
         prefix = {UNET: "diffusion_model.", ENCODERS: ""}
         for (part, module), pieces in bank.adapter_tensors(values).items():
             for piece in pieces:
-                if piece.param != "weight" or not isinstance(piece.op, LayerRotation):
-                    raise FormatError("OFT files cannot hold trained biases or whole modules", module=module)
-                layers[f"{prefix[part]}{module}.weight"] = piece.op
+                place = layers if isinstance(piece.op, LayerRotation) else beside
+                place[f"{prefix[part]}{module}.{piece.param}"] = piece.op
         if self.index is None:
             self.index = host.index_of(self.patcher, self.clip if self.train_encoders else None)
         refused = []
         for dialect in DIALECTS:
             try:
-                written = write_adapter(layers, self.index, path, dialect, metadata=metadata)
+                written = write_adapter(
+                    layers, self.index, path, dialect, beside=beside, metadata=metadata
+                )
             except FormatError as error:
                 refused.append(str(error))
                 continue
             adapter = load_adapter(written)
-            missing = set(layers) - {p.key for p in adapter.bind(self.index).patches}
+            missing = {*layers, *beside} - {p.key for p in adapter.bind(self.index).patches}
             if missing:
                 raise FormatError("A layer could not be read back", file=path, module=min(missing))
             return adapter, WRITERS[dialect].title
@@ -502,6 +506,18 @@ def memory_explained() -> Iterator[None]:
             found=found,
             hint="Lower the resolution or the batch size, or set low_vram to 'offload'.",
         )
+
+
+def _check_whole(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ConfigError for modules that cannot be trained whole because their patches are not in their weights."""
+    for name in names:
+        for inside, module in model.get_submodule(name).named_modules():
+            if getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
+                raise ConfigError(
+                    "A layer of a partly loaded model with patches cannot be trained whole",
+                    module=f"{name}.{inside}".rstrip("."),
+                    hint="Set low_vram to 'checkpointing', or leave it out of modules_to_save.",
+                )
 
 
 def _place(record: Record) -> tuple:

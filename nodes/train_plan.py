@@ -204,9 +204,14 @@ def make_config(**given: Any) -> TrainConfig:
         "layers_to_transform": _whole_numbers,
         "layers_pattern": lambda t: t.strip() or None,
         "rank_pattern": lambda t: _json("rank_pattern", t),
+        "alpha_pattern": lambda t: _json("alpha_pattern", t),
+        "modules_to_save": lambda t: [n.strip() for n in t.split(",") if n.strip()] or None,
     }
     oft = {k: read(given[k]) for k, read in texts.items() if k in given}
-    plain = ("module_dropout", "side", "rescale", "scaled", "block_share", "use_cayley_neumann", "angle_cap")
+    plain = (
+        *("module_dropout", "side", "rescale", "scaled", "block_share", "use_cayley_neumann", "angle_cap"),
+        *("num_cayley_neumann_terms", "bias", "fan_in_fan_out", "init_weights"),
+    )
     oft |= {k: given[k] for k in plain if k in given}
     oft["r"] = given.get("blocks", 0)
     oft["spectral_clip"] = given.get("spectral_clip") or None

@@ -154,6 +154,7 @@ class Run:
                     conv_modules=None,
                     layers_to_transform=None,
                     layers_pattern=None,
+                    modules_to_save=None,
                 )
             bank = host_model.bank(parts, plan.settings.seed)
         with tempfile.TemporaryDirectory(prefix="oft") as scratch:

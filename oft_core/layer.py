@@ -495,10 +495,14 @@ class Factors:
 
 @dataclass(frozen=True)
 class Diff:
-    """An additive difference (``.diff`` of a weight, ``.diff_b`` of a bias), linear in the strength in every mode."""
+    """An additive difference (``.diff`` of a weight, ``.diff_b`` of a bias), linear in the strength in every mode.
+
+    whole: ``delta`` is the new value itself, as PEFT stores it; the difference is then to the value that is found.
+    """
 
     delta: Tensor
     needs_base_norm: bool = False
+    whole: bool = False
 
     def build(self, strength: Strength, device: torch.device | str = "cpu") -> None:
         return None
@@ -519,19 +523,23 @@ class Diff:
 
     def rows_slice(self, start: int, length: int, *, module: str | None = None) -> Diff:
         """The part for the output rows start ... start+length."""
-        return Diff(self.delta[start : start + length])
+        return replace(self, delta=self.delta[start : start + length])
 
     def apply_(self, weight: Tensor, strength: Strength, *, rotation: None = None, base_row_norm: Tensor | None = None) -> None:
-        """weight += s * delta in place, float32 arithmetic."""
+        """weight += s * delta, or s * (delta - weight) for whole values, in place, float32 arithmetic."""
         delta = self.delta.to(weight.device, torch.float32).reshape(weight.shape)
-        multiply.store_(weight, torch.add(weight.float(), delta, alpha=strength.value))
+        if self.whole:
+            changed = torch.lerp(weight.float(), delta, strength.value)
+        else:
+            changed = torch.add(weight.float(), delta, alpha=strength.value)
+        multiply.store_(weight, changed)
 
     def to_state(self) -> tuple[tuple[Tensor | None, ...], tuple]:
-        return (self.delta,), ("diff",)
+        return (self.delta,), ("diff", self.whole)
 
     @classmethod
     def from_state(cls, tensors: Sequence[Tensor | None], plain: Sequence) -> Diff:
-        return cls(tensors[0])
+        return cls(tensors[0], whole=plain[1])
 
 
 def powered(factors: Tensor | None, s: float) -> Tensor | None:

@@ -56,7 +56,7 @@ _DOTTED = (
     "oft_r", "oft_s", "boft_R", "boft_s", "boft_P",
     "dora_scale", "initial_norm", "dora_multiplier", "dora_log_multiplier", "dora_log_multiplier_row", "dora_log_multiplier_col",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_magnitude_vector.weight",
-    "diff", "diff_b", "I", r"\w+_metadata", r"oft_\w+_buffer",
+    "diff", "diff_b", "w_norm", "b_norm", "oft_R.neumann_terms", "I", r"\w+_metadata", r"oft_\w+_buffer",
     # paper repository, below ...processor.to_q_oft
     "R", "cross_attention_dim", "hidden_size", "oft_eps", "oft_is_coft", "rows", "cols",
 )
@@ -67,6 +67,10 @@ _KEY = re.compile(
     + "|".join(sorted(_GLUED, key=len, reverse=True)) + r"))$"
 )
 _PAPER = re.compile(r"^(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_oft$")
+#: PEFT keeps trained biases and modules as they are in the model: all of a parameter, under the model's own name.
+_WHOLE = re.compile(
+    r"base_model\.model\.(?P<module>(?!.*(?:lora_|original_module)).+?)(?:\.base_layer|\.modules_to_save)?\.(?P<param>weight|bias)$"
+)
 _CORE = ("oft_R.weight", "oft_rotation.weight", "oft_embedding_R.weight", "boft_R", "oft_r", "oft_blocks", "oft_diag", "R")
 _EXTRAS = (
     "dora_scale", "dora_multiplier", "dora_log_multiplier", "dora_log_multiplier_row", "dora_log_multiplier_col",
@@ -83,11 +87,17 @@ def group(tensors: Mapping[str, Tensor], context: Context) -> tuple[dict[str, Mo
     modules: dict[str, Module] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
-        match = _KEY.match(re.sub(r"\.default(?=\.|$)", "", key))
-        if match is None:
-            unknown.append(key)
+        plain = re.sub(r"\.default(?=\.|$)", "", key)
+        match = _KEY.match(plain)
+        if match is not None:
+            name, suffix = match["module"], match["suffix"] or match["glued"]
+        elif context.peft_keys and (match := _WHOLE.match(plain)):
+            name, suffix = f"base_model.model.{match['module']}", {"weight": "whole", "bias": "whole_b"}[match["param"]]
+        else:
+            # PEFT also writes the frozen original of a module that was trained whole.
+            if not (context.peft_keys and ".original_module." in plain):
+                unknown.append(key)
             continue
-        name, suffix = match["module"], match["suffix"] or match["glued"]
         attention = _PAPER.match(name)
         if attention is not None:
             name = f"{attention['block']}.{attention['layer']}" + (".0" if attention["layer"] == "to_out" else "")
@@ -146,9 +156,8 @@ def detect(module: Module) -> tuple[str, str] | None:
         return "F3a", "oft_diag with a diagonal near 1 (finished rotation)"
     if has("R"):
         return "F15", "attention processor keys of the paper's repository"
-    if has("diff") or has("diff_b"):
-        return "F5d", "diff"
-    return None
+    found = next((s for s in comfy.DIFFERENCES if has(s)), None)
+    return None if found is None else ("F5d", found)
 
 
 def reader(module: Module, dialect: str) -> Maker:

@@ -18,16 +18,21 @@ def read_f5(module: Module) -> Maker:
     return lambda shape: [Piece(rotation)]
 
 
+#: suffix -> (parameter, whether it is the new value itself): ComfyUI's and LyCORIS's differences, PEFT's whole parameters.
+DIFFERENCES = {
+    "diff": ("weight", False), "diff_b": ("bias", False), "w_norm": ("weight", False), "b_norm": ("bias", False),
+    "whole": ("weight", True), "whole_b": ("bias", True),
+}
+
+
 def differences(module: Module) -> list[Piece]:
-    """``diff`` and ``diff_b`` of a module as additive pieces."""
+    """Differences and whole values of a module's weight and bias as additive pieces."""
     return [
-        Piece(Diff(module.get(suffix)), param)
-        for suffix, param in (("diff", "weight"), ("diff_b", "bias"))
-        if suffix in module
+        Piece(Diff(module.get(suffix), whole=whole), param) for suffix, (param, whole) in DIFFERENCES.items() if suffix in module
     ]
 
 
 def read_differences(module: Module) -> Maker:
-    """A module that has only ``diff``/``diff_b`` (norms and biases that the same trainer tuned)."""
+    """A module that has only differences: norms, biases and whole layers that were trained beside the rotations."""
     pieces = differences(module)
     return lambda shape: pieces

@@ -82,7 +82,7 @@ def read_oft_v2(module: Module) -> Maker:
     packed, b = module.packed("oft_rotation.weight" if takenoko else "oft_R.weight")
     stored = packed.shape[1]
     exponential = "oft_R.cans_exp" in module
-    kind, terms = ("neumann_old" if old_series(module) else "neumann"), 5
+    kind, terms = ("neumann_old" if old_series(module) else "neumann"), int(module.number("oft_R.neumann_terms") or 5)
     if exponential:
         kind = "expm"
     elif flag(module, "oft_R.cans_oft"):

@@ -2,6 +2,7 @@
 
 A dialect can hold an adapter if it has the same side, the same map from generator to matrix and the same block layout; nothing is
 approximated. Layers come as parameter key of a model -> LayerRotation; names follow the customs of each tool for that model family.
+What was trained beside the rotations (biases, norms, whole layers) comes as parameter key -> Diff; see ``write_beside``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from ..constraint import Strength
 from ..errors import FormatError, ShapeError
-from ..layer import LayerRotation
+from ..layer import Diff, LayerRotation
 from ..names import NameIndex, Spelling
 from ..rotation import unpack_skew
+from .write_beside import BaseWeights, Beside, beside_comfy, beside_lycoris, beside_peft, refused
 
 #: Families whose files are customarily in diffusers names; all others in the names of the model's authors.
 _DIFFUSERS_NAMED = ("sd1", "sd2")
@@ -38,10 +40,14 @@ class Named:
 
 @dataclass(frozen=True)
 class Writer:
-    """One dialect that can be written: its title, and layers -> (tensors, PEFT config or None)."""
+    """One dialect that can be written.
+
+    write: layers -> (tensors, PEFT config or None).   beside: adds differences to those tensors, or raises the reason why it cannot.
+    """
 
     title: str
     write: Callable[[Mapping[str, LayerRotation], NameIndex], tuple[dict[str, Tensor], dict | None]]
+    beside: Beside
 
 
 def write_adapter(
@@ -50,19 +56,26 @@ def write_adapter(
     path: str | os.PathLike,
     dialect: str,
     *,
+    beside: Mapping[str, Diff] | None = None,
+    base: BaseWeights | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write ``layers`` in one of ``WRITERS``; returns the file. ``peft`` writes a folder with adapter_config.json at ``path``.
 
-    layers: parameter key of the model behind ``index`` -> rotation. dtype: of generators and scales. The file appears whole or not
-    at all. Raises FormatError with the reason if the dialect cannot hold the adapter.
+    layers: parameter key of the model behind ``index`` -> rotation. beside: parameter key (weight or bias) -> what is added to it.
+    base: parameter key -> the model's own value, for dialects that keep whole values where the adapter has differences, or the other
+    way round. dtype: of generators and scales. The file appears whole or not at all. Raises FormatError with the reason if the
+    dialect cannot hold the adapter.
     """
     if dialect not in WRITERS:
         raise FormatError("This dialect cannot be written", found=dialect, expected=", ".join(WRITERS))
     if not layers:
         raise FormatError("There are no layers to write")
-    tensors, config = WRITERS[dialect].write(layers, index)
+    writer = WRITERS[dialect]
+    tensors, config = writer.write(layers, index)
+    if beside:
+        writer.beside(dict(beside), layers, index, base, tensors, config)
     tensors = {k: (t.to(dtype) if t.is_floating_point() and t.numel() > 1 else t).contiguous() for k, t in tensors.items()}
     path = Path(path)
     if config is not None:
@@ -89,23 +102,22 @@ def _atomically(path: Path, write: Callable[[str], object]) -> None:
 # ---------------------------------------------------------------- what is asked of the layers
 
 
-def _refuse(title: str, key: str, why: str) -> FormatError:
-    return FormatError(f"{title} files cannot hold this adapter: {why}", module=key)
-
-
 def _settled(layer: LayerRotation) -> Tensor:
     """The packed generator with its own limits applied, float32 (n or 1, b(b-1)/2)."""
     limit = layer._limit(Strength(), "cpu").expand(layer.stages, layer.stored)
     return (layer.generator.double() * limit.unsqueeze(-1)).float()[0]
 
 
-def _require(layer: LayerRotation, title: str, key: str, *, side: str, kinds: tuple[str, ...], rows: bool, share: bool) -> None:
+def _require(
+    layer: LayerRotation, title: str, key: str, *, side: str, kinds: tuple[str, ...], rows: bool, share: bool,
+    terms: Container[int] = (5,),
+) -> None:
     """Raises FormatError for the first thing that the dialect lacks."""
     words = {"in": "input", "out": "output"}
     faults = (
         (layer.side != side, f"it turns the {words[layer.side]} side, these files the {words[side]} side"),
         (layer.kind not in kinds, f"its rotation is built as '{layer.kind}', these files know {', '.join(kinds)}"),
-        (layer.kind.startswith("neumann") and layer.terms != 5 and title != "PEFT", f"its series has {layer.terms} terms, not 5"),
+        (layer.kind.startswith("neumann") and layer.terms not in terms, f"its series has {layer.terms} terms, not 5"),
         (bool(layer.butterfly), "it is a butterfly of several factors"),
         (layer.added is not None, "it adds a difference before it turns"),
         (layer.col_scale is not None or layer.memory_view, "it is of a form that only its own tool reads"),
@@ -116,7 +128,7 @@ def _require(layer: LayerRotation, title: str, key: str, *, side: str, kinds: tu
     )
     for wrong, why in faults:
         if wrong:
-            raise _refuse(title, key, why)
+            raise refused(title, key, why)
 
 
 # ---------------------------------------------------------------- names
@@ -144,15 +156,15 @@ def _parts(
     for key, layer in layers.items():
         spelling = index.spelling(key)
         if spelling is None:
-            raise _refuse(title, key, "this parameter is not a layer of the model")
+            raise refused(title, key, "this parameter is not a layer of the model")
         conv = max(0, len(index.shapes[key]) - 2)
         for name, rows, swap in names(key, spelling):
             if swap and (layer.side == "out" or layer.row_scale is not None):
-                raise _refuse(title, key, "its rows are stored in another order there")
+                raise refused(title, key, "its rows are stored in another order there")
             try:
                 part = layer if rows is None else layer.rows_slice(*rows, module=key)
             except ShapeError as error:
-                raise _refuse(title, key, "its blocks run across layers that are separate there") from error
+                raise refused(title, key, "its blocks run across layers that are separate there") from error
             yield Named(name, part, conv)
 
 
@@ -186,6 +198,15 @@ def _peft_names(index: NameIndex) -> Callable[[str, Spelling], list]:
     return names
 
 
+def _no_place(title: str, why: str) -> Beside:
+    """For dialects without a place for differences."""
+
+    def refuse(diffs: Mapping[str, Diff], *_: object) -> None:
+        raise refused(title, next(iter(diffs)), f"it has a trained bias or a layer that was trained whole; {why}")
+
+    return refuse
+
+
 # ---------------------------------------------------------------- the dialects
 
 
@@ -199,7 +220,7 @@ def _write_lycoris(layers: Mapping[str, LayerRotation], index: NameIndex) -> tup
     for part in _parts(layers, index, "LyCORIS", _kohya_names(index, "lora_unet_")):
         _require(part.layer, "LyCORIS", part.name, side="out", kinds=("cayley",), rows=True, share=False)
         if part.layer.block > part.layer.count:
-            raise _refuse("LyCORIS", part.name, f"LyCORIS reads blocks only where they are at least as many as large; "
+            raise refused("LyCORIS", part.name, f"LyCORIS reads blocks only where they are at least as many as large; "
                           f"here {part.layer.count} of {part.layer.block}")
         out[f"{part.name}.oft_blocks"] = _square(part.layer)
         out[f"{part.name}.alpha"] = torch.tensor(0.0)
@@ -210,16 +231,16 @@ def _write_lycoris(layers: Mapping[str, LayerRotation], index: NameIndex) -> tup
 
 def _write_kohya(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
     if index.family in ("flux", "sd3"):
-        raise _refuse("kohya", next(iter(layers)), f"that tool's OFT network does not know {index.family}")
+        raise refused("kohya", next(iter(layers)), f"that tool's OFT network does not know {index.family}")
     out: dict[str, Tensor] = {}
     parts = list(_parts(layers, index, "kohya", _kohya_names(index, "oft_unet_")))
     counts = {p.layer.count for p in parts}
     for part in parts:
         _require(part.layer, "kohya", part.name, side="out", kinds=("cayley",), rows=False, share=False)
         if not part.name.startswith("oft_unet_"):
-            raise _refuse("kohya", part.name, "it has text encoder layers")
+            raise refused("kohya", part.name, "it has text encoder layers")
         if len(counts) > 1:
-            raise _refuse("kohya", part.name, f"they need one number of blocks in all layers, here {sorted(counts)}")
+            raise refused("kohya", part.name, f"they need one number of blocks in all layers, here {sorted(counts)}")
         out[f"{part.name}.oft_blocks"] = _square(part.layer)
     # One limit, alpha times output size, wide enough to be free; that tool reads the first alpha for all layers.
     use = max(float(p.layer.generator.norm()) * 2**0.5 / p.layer.axis for p in parts)
@@ -237,22 +258,32 @@ def _write_comfy(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple
     return out, None
 
 
-def _write_oft_v2(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
-    names: Callable[[str, Spelling], list] = _comfy_names
-    if index.family in (*_DIFFUSERS_NAMED, "sdxl"):
+def _oft_v2_names(index: NameIndex) -> Callable[[str, Spelling], list]:
+    if index.family not in (*_DIFFUSERS_NAMED, "sdxl"):
+        return _comfy_names
 
-        def names(key: str, spelling: Spelling) -> list:
-            if spelling.part != "unet":
-                return _kohya_names(index, "")(key, spelling)
-            return [("lora_unet_" + n.replace(".", "_"), rows, swap) for n, rows, swap in _diffusers(spelling, index)]
+    def names(key: str, spelling: Spelling) -> list:
+        if spelling.part != "unet":
+            return _kohya_names(index, "")(key, spelling)
+        return [("lora_unet_" + n.replace(".", "_"), rows, swap) for n, rows, swap in _diffusers(spelling, index)]
 
+    return names
+
+
+def _write_oft_v2(
+    layers: Mapping[str, LayerRotation], index: NameIndex, terms: Container[int] = (5,),
+) -> tuple[dict[str, Tensor], None]:
     out: dict[str, Tensor] = {}
-    for part in _parts(layers, index, "OFT v2", names):
+    for part in _parts(layers, index, "OFT v2", _oft_v2_names(index)):
         layer = part.layer
-        _require(layer, "OFT v2", part.name, side="in", kinds=("neumann", "cayley", "expm"), rows=True, share=True)
+        _require(
+            layer, "OFT v2", part.name, side="in", kinds=("neumann", "cayley", "expm"), rows=True, share=True, terms=terms,
+        )
         if layer.row_scale is not None and float(layer.row_scale.min()) <= 0:
-            raise _refuse("OFT v2", part.name, "its row scales are not all positive")
+            raise refused("OFT v2", part.name, "its row scales are not all positive")
         out[f"{part.name}.oft_R.weight"] = _settled(layer) * (-1.0 if part.conv else 1.0)
+        if layer.kind == "neumann" and layer.terms != 5:
+            out[f"{part.name}.oft_R.neumann_terms"] = torch.tensor(layer.terms)
         if layer.kind != "neumann":
             out[f"{part.name}.oft_R.{'cans_oft' if layer.kind == 'cayley' else 'cans_exp'}"] = torch.tensor(True)
         if layer.row_scale is not None:
@@ -260,25 +291,30 @@ def _write_oft_v2(layers: Mapping[str, LayerRotation], index: NameIndex) -> tupl
     return out, None
 
 
+def _write_own(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
+    """OFT v2 with what only this pack reads: a series of another length (``oft_R.neumann_terms``), and differences."""
+    return _write_oft_v2(layers, index, range(1, 1000))
+
+
 def _write_peft(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], dict]:
     parts = list(_parts(layers, index, "PEFT", _peft_names(index)))
     for part in parts:
-        _require(part.layer, "PEFT", part.name, side="in", kinds=("neumann", "cayley"), rows=False, share=True)
+        _require(part.layer, "PEFT", part.name, side="in", kinds=("neumann", "cayley"), rows=False, share=True, terms=range(1, 1000))
     kinds, terms = {p.layer.kind for p in parts}, {p.layer.terms for p in parts if p.layer.kind == "neumann"}
     shares = {p.layer.stored == 1 for p in parts if p.layer.count > 1}
     components = {index.spelling(key).part for key in layers}
     for mixed, what in ((kinds, "ways to build the rotation"), (terms, "series lengths"), (shares, "block sharing")):
         if len(mixed) > 1:
-            raise _refuse("PEFT", parts[0].name, f"its layers differ in their {what}, one config serves all")
+            raise refused("PEFT", parts[0].name, f"its layers differ in their {what}, one config serves all")
     if len(components) > 1:
-        raise _refuse("PEFT", parts[0].name, "it has layers of several models; PEFT keeps one folder for each")
+        raise refused("PEFT", parts[0].name, "it has layers of several models; PEFT keeps one folder for each")
     exact = kinds == {"cayley"}
     # The exact branch of PEFT builds the transpose of what its series approximates.
     tensors = {f"{p.name}.oft_R.weight": _settled(p.layer) * (-1.0 if exact else 1.0) for p in parts}
     size = max(p.layer.block for p in parts)
     for p in parts:
         if peft_block_size(p.layer.axis, size) != p.layer.block:
-            raise _refuse("PEFT", p.name, f"one block size serves all layers there: {size} would become "
+            raise refused("PEFT", p.name, f"one block size serves all layers there: {size} would become "
                           f"{peft_block_size(p.layer.axis, size)} here, not {p.layer.block}")
     config = {
         "peft_type": "OFT", "peft_version": "0.18.0", "auto_mapping": None, "base_model_name_or_path": None, "revision": None,
@@ -301,9 +337,22 @@ def peft_block_size(features: int, wanted: int) -> int:
 
 
 WRITERS: dict[str, Writer] = {
-    "oft_v2": Writer("OneTrainer / OFT v2", _write_oft_v2),
-    "peft": Writer("PEFT (folder)", _write_peft),
-    "lycoris": Writer("LyCORIS Diag-OFT", _write_lycoris),
-    "kohya": Writer("kohya networks.oft", _write_kohya),
-    "comfy": Writer("ComfyUI core", _write_comfy),
+    "oft_v2": Writer("OneTrainer / OFT v2", _write_oft_v2, _no_place("OFT v2", "OneTrainer reads rotations only")),
+    "oft_v2_plus": Writer(
+        "OFT v2 with extras of this pack", _write_own,
+        lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_oft_v2_names(index), core=False),
+    ),
+    "peft": Writer(
+        "PEFT (folder)", _write_peft,
+        lambda diffs, layers, index, *more: beside_peft(diffs, layers, index, *more, names=_peft_names(index)),
+    ),
+    "lycoris": Writer(
+        "LyCORIS Diag-OFT", _write_lycoris,
+        lambda diffs, layers, index, *more: beside_lycoris(diffs, layers, index, *more, names=_kohya_names(index, "lora_unet_")),
+    ),
+    "kohya": Writer("kohya networks.oft", _write_kohya, _no_place("kohya", "that tool's OFT network has rotations only")),
+    "comfy": Writer(
+        "ComfyUI core", _write_comfy,
+        lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_comfy_names, core=True),
+    ),
 }

@@ -94,7 +94,10 @@ class OFTConfig:
     )
     fan_in_fan_out: bool = field(
         default=False,
-        metadata=_option("The layers store their weight as (input, output), as GPT-2's Conv1D does."),
+        metadata=_option(
+            "The layers store their weight as (input, output), as GPT-2's Conv1D does. Ordinary linear layers do not, "
+            "and are taken as they are, as PEFT does.",
+        ),
     )
     bias: str = field(
         default="none",
@@ -345,7 +348,7 @@ class OFTConfig:
         kind = _kind(module)
         if kind is None:
             raise _refused(name, module, _why_not(module))
-        rows, columns = _sizes(module, kind, self.fan_in_fan_out)
+        rows, columns = _sizes(module, kind)
         if kind == "conv" and self.side == "input" and getattr(module, "groups", 1) != 1:
             raise _refused(name, module, "a grouped convolution has no common input side")
         length = columns if self.side == "input" else rows
@@ -361,7 +364,7 @@ class OFTConfig:
         return LayerChoice(
             name=name, kind=kind, side=self.side, length=length, rows=rows, block=block, count=length // block,
             stored=1 if self.block_share else length // block, wanted=wanted,
-            transposed=kind == "linear" and (self.fan_in_fan_out or _is_conv1d_of_transformers(module)),
+            transposed=kind == "linear" and _stores_transposed(module, self.fan_in_fan_out),
         )
 
 
@@ -435,6 +438,8 @@ class Selection:
             yield f"Trained whole: {', '.join(self.modules_to_save)}"
         if self.biases:
             yield f"{len(self.biases)} biases are trained"
+        if self.config.fan_in_fan_out and not any(c.transposed for c in self.layers):
+            yield "fan_in_fan_out has no effect: no chosen layer stores its weight as (input, output)."
         yield from self.config.remarks()
 
 
@@ -490,15 +495,20 @@ def _kind(module: nn.Module) -> str | None:
     return "linear" if own and _has_own_weight(module) else None
 
 
-def _sizes(module: nn.Module, kind: str, fan_in_fan_out: bool) -> tuple[int, int]:
+def _sizes(module: nn.Module, kind: str) -> tuple[int, int]:
     """(output size, size of the flattened input side)."""
     if kind == "conv":
         return module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size)
     if _is_conv1d_of_transformers(module):
         return module.nf, module.weight.shape[0]
-    if fan_in_fan_out and not isinstance(module, nn.Linear):
-        return module.weight.shape[1], module.weight.shape[0]
     return module.out_features, module.in_features
+
+
+def _stores_transposed(module: nn.Module, fan_in_fan_out: bool) -> bool:
+    """Whether a linear layer keeps its weight as (input, output). As in PEFT, the layer's own kind goes before the setting."""
+    if _is_conv1d_of_transformers(module):
+        return True
+    return fan_in_fan_out and not isinstance(module, nn.Linear)
 
 
 def _projections_of_attention(model: nn.Module) -> set[str]:

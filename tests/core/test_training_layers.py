@@ -14,7 +14,7 @@ from oft_core.constraint import Strength
 from oft_core.layer import LayerRotation
 from oft_core.rotation import lambdas, orthogonality_error, unpack_skew
 from oft_core.training import ConfigError, OFTConfig, RotationBank
-from oft_core.training.layers import CayleyOfPacked, RotatedConv, RotateLast, generator_scale, limit_lam_
+from oft_core.training.functions import CayleyOfPacked, RotatedConv, RotateLast, generator_scale, limit_lam_
 
 
 class Block(nn.Module):
@@ -262,11 +262,11 @@ def test_identity_at_the_start():
 
 
 def test_rotations_are_built_once_a_step_whatever_is_accumulated(monkeypatch):
-    from oft_core.training import layers
+    from oft_core.training import functions
 
     model, x, bank = make()
     built = []
-    monkeypatch.setattr(layers, "cayley", lambda q, real=layers.cayley: built.append(len(q)) or real(q))
+    monkeypatch.setattr(functions, "cayley", lambda q, real=functions.cayley: built.append(len(q)) or real(q))
     with bank.installed():
         bank.begin_step()
         for _ in range(3):
@@ -624,6 +624,17 @@ def test_rank_pattern_and_remarks():
     selection = config.select(model)
     assert {c.name: (c.block, c.count) for c in selection.layers} == {"to_q": (4, 3), "to_k": (6, 2)}
     assert not selection.adjusted() and "alpha_pattern has no effect" in selection.report()
+
+
+def test_fan_in_fan_out_of_ordinary_layers_is_explained_and_has_no_effect():
+    """PEFT corrects the setting for nn.Linear too; the exported rotation must be the trained one."""
+    _, x, bank = make(fan_in_fan_out=True)
+    model, _, plain = make()
+    assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), plain.state_dict().values(), strict=True))
+    with plain.installed(), plain.evaluation():
+        trained = model(x)
+    torch.testing.assert_close(merged(model, bank)(x), trained, rtol=1e-5, atol=1e-5)
+    assert "fan_in_fan_out has no effect" in OFTConfig(oft_block_size=4, fan_in_fan_out=True, **TARGETS).select(model).report()
 
 
 @pytest.mark.parametrize(

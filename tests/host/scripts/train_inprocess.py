@@ -63,7 +63,7 @@ if "comfyui_oft" in sys.modules:
         train_plan,
         train_run,
     )
-    from comfyui_oft.oft_core import AdapterError, Strength
+    from comfyui_oft.oft_core import AdapterError, Diff, Strength
     from comfyui_oft.oft_core.errors import FormatError
     from comfyui_oft.oft_core.training import (
         ConfigError,
@@ -178,7 +178,13 @@ def fixed_loss(run, values, weight_seed=77):
 
 
 def zeros(bank):
-    return {n: torch.zeros_like(p) for n, p in bank.parameters.items()}
+    """Values with which the model is the untrained one: no rotation, and the own weights of modules trained whole."""
+    out = {n: torch.zeros_like(p) for n, p in bank.parameters.items()}
+    for name in out:
+        part, kind, rest = name.split("/", 2) if name.count("/") == 2 else (*name.split("/"), "")
+        if kind == "saved":
+            out[name] = bank.parts[part][0].get_parameter(rest).detach().to(out[name])
+    return out
 
 
 def state(patcher):
@@ -218,11 +224,11 @@ def learnt(outcome):
 # --- every family -------------------------------------------------------------------------------------------
 
 
-def family_trains(family, config=None, of_parts=None, prediction=None):
+def family_trains(family, config=None, of_parts=None, prediction=None, learning_rate=0.03):
     fresh_user()
     model = (of_parts or parts(family))[0]
     before = state(model)
-    run = a_run(family, of_parts=of_parts, steps=20, config=config, learning_rate=0.03)
+    run = a_run(family, of_parts=of_parts, steps=20, config=config, learning_rate=learning_rate)
     outcome = go(run)
     same(before, state(model))
     untouched(model.model)
@@ -281,6 +287,54 @@ def sd35_trains():
 @check
 def flux_trains():
     return family_trains("flux", prediction="flow")
+
+
+def merged_weights(model, adapter):
+    """All weights of `model` with the adapter merged by ComfyUI."""
+    with torch.inference_mode():
+        patched = host.apply(adapter, model, None, Strength(1.0), Strength(1.0)).model
+        comfy.model_management.load_models_gpu([patched], force_patch_weights=True)
+        return state(patched)
+
+
+@check
+def biases_and_whole_modules_train():
+    """Everything beside the rotations is in the file: it draws the trained pictures, and other tools get it too."""
+    for family, config, part, prediction in (
+        ("sd15", {"bias": "all", "modules_to_save": "out"}, "out.2.weight", "eps"),
+        ("flux", {"bias": "oft_only", "modules_to_save": "final_layer"}, "final_layer.linear.weight", "flow"),
+    ):
+        said = family_trains(family, config=config, prediction=prediction, learning_rate=0.02)
+        name = sorted(n for n in folders.names() if n.startswith("training/test"))[-1]
+        adapter, model = folders.read(name), parts(family)[0]
+        changed = {p.key for p in adapter.bind(host.index_of(model, None)).patches if isinstance(p.op, Diff)}
+        assert f"diffusion_model.{part}" in changed and sum(k.endswith(".bias") for k in changed) > 3, changed
+        plain, whole = state(model), merged_weights(model, adapter)
+        assert all(not torch.equal(plain[k], whole[k]) for k in changed), "a difference has no effect"
+        others = [k for k in plain if k not in changed and k.endswith(".bias")]
+        assert all(torch.equal(plain[k], whole[k]) for k in others)
+    # The last one is Flux, whose rows diffusers keeps in another order.
+    fresh_user()
+    model = parts("sd15")[0]
+    outcome = go(a_run(steps=2, config={"bias": "all", "modules_to_save": "out"}))
+    with torch.inference_mode():
+        options = {"name": "saved/beside", "precision": "fp32", "folder": "oft", "model": model}
+        made = save.OFTSave.execute(adapter=outcome.adapter, dialect="peft", **options).args[0]
+        raises(
+            FormatError,
+            lambda: save.OFTSave.execute(adapter=outcome.adapter, dialect="oft_v2", **options),
+            "bias",
+        )
+    one, other = (merged_weights(model, a) for a in (outcome.adapter, folders.read(made)))
+    worst = max(float((one[k] - other[k]).abs().max()) for k in one)
+    assert worst < 1e-5, worst
+    # Text encoders: their biases too, their modules not.
+    fresh_user()
+    run = a_run(steps=2, config={"bias": "oft_only", "modules_to_save": "out", "text_encoder_lr": 0.01})
+    outcome = go(run)
+    keys = {p.key for p in outcome.adapter.bind(run.host.index).patches if isinstance(p.op, Diff)}
+    assert any("self_attn" in k for k in keys) and any(k.startswith("diffusion_model.out.") for k in keys)
+    return said
 
 
 @check
@@ -840,11 +894,18 @@ def every_way_of_training_gives_a_file():
         {"conv_modules": "all-conv"},
         {"target_modules": "to_q, to_v"},
         {"blocks": 4},
+        {"use_cayley_neumann": True, "num_cayley_neumann_terms": 7},
+        {"fan_in_fan_out": True, "alpha_pattern": '{"to_q": 8}'},
+        {"init_weights": False},
     ):
         fresh_user()
         run = a_run(config=options, steps=3)
         outcome = go(run)
         assert len(outcome.adapter.entries) > 5, options
+        terms = {op.terms for e in outcome.adapter.operations().values() for op in (e[0].op,)}
+        assert terms == {options.get("num_cayley_neumann_terms", 5)}, terms
+        for name in ("fan_in_fan_out", "alpha_pattern"):
+            assert (f"{name} has no effect" in outcome.report) == (name in options), outcome.report
     fresh_user()
     outcome = go(a_run(coft="angle", coft_degrees=0.5, steps=6))
     angle = outcome.report.split("Largest angle ")[1].split("°")[0]
