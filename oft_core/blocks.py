@@ -78,7 +78,7 @@ def _transform_flat(
     if not plain or across is not None and (mix is not None or side == "out"):
         _general_(flat, stages, side, count, permutations, rows, cols, mix, inverse)
         return
-    m = _fold(stages[0], along, mix, inverse, count)
+    m = fold(stages[0], along, mix, inverse, count)
     b = m.shape[-1]
     size = flat.shape[0] if side == "out" else flat.shape[1]
     whole = size // b * b
@@ -97,7 +97,7 @@ def _transform_flat(
             _columns_(flat[:, whole:], cut, across)
 
 
-def _fold(m: Tensor, factors: Tensor | None, mix: float | None, inverse: bool, count: int) -> Tensor:
+def fold(m: Tensor, factors: Tensor | None, mix: float | None, inverse: bool, count: int) -> Tensor:
     """Put the factors of the rotated axis and the mixing into the blocks themselves: (n, b, b) float32."""
     b = m.shape[-1]
     if factors is not None:
