@@ -86,11 +86,23 @@ def ordinary_(root: nn.Module) -> None:
     """
     for module in root.modules():
         for name, p in module._parameters.items():
-            if p is not None and type(p) is nn.Parameter and p.is_inference():
-                module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+            if p is not None and p.is_inference():
+                module._parameters[name] = _ordinary_parameter(p)
         for name, b in module._buffers.items():
             if b is not None and type(b) is torch.Tensor and b.is_inference():
                 module._buffers[name] = b.detach().clone()
+
+
+def _ordinary_parameter(p: torch.Tensor) -> torch.Tensor:
+    """An equal parameter that autograd accepts. Packed numbers stay: what is unpacked from them is ordinary already."""
+    if type(p) is nn.Parameter:
+        return nn.Parameter(p.detach().clone(), requires_grad=False)
+    if hasattr(p, "_qdata") or not p.is_floating_point():
+        return p
+    # GGUF loaders wrap weights that are not quantised too, in a class that answers `clone` with the tensor itself.
+    out = p.as_subclass(torch.Tensor).clone().as_subclass(type(p))
+    out.__dict__.update(p.__dict__)
+    return out
 
 
 # --- what a run depends on ----------------------------------------------------------------------------------

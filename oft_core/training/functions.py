@@ -6,7 +6,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rotation import cayley, lambdas, pack_skew, unpack_skew
 from .config import OFTConfig
@@ -126,6 +126,11 @@ class RotatedConv(torch.autograd.Function):
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off, if it is on for this kind of device."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def plain(t: Tensor) -> Tensor:
+    """The tensor without gradient and without a class of its own, such as GGUF loaders give their parameters."""
+    return t.detach() if type(t) in (Tensor, nn.Parameter) else t.as_subclass(Tensor).detach()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

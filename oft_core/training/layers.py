@@ -30,6 +30,7 @@ from .functions import (
     generator_scale,
     limit_lam_,
     no_autocast,
+    plain,
     rotate_channels,
 )
 from .seeds import generator
@@ -178,7 +179,7 @@ class RotationBank:
                         "A module with quantised weights cannot be trained whole", module=f"{name}.{key}", found=str(p.dtype),
                         expected="float32, float16 or bfloat16", hint="Leave it out of 'modules_to_save'.",
                     )
-                trained = nn.Parameter(p.detach().to(device, self.dtype, copy=True))
+                trained = nn.Parameter(plain(p).to(device, self.dtype, copy=True))
                 slot.saved[key] = self.parameters[f"{part}/saved/{name}.{key}"] = trained
 
     @staticmethod
@@ -404,7 +405,7 @@ class RotationBank:
 
     def _conv_forward(self, slot: _Slot, original: Callable, x: Tensor, *args, **kwargs) -> Tensor:
         module = slot.module
-        weight = self.weight_of(module).detach().to(x.device)
+        weight = plain(self.weight_of(module)).to(x.device)
         padding: Sequence[int] = [0] * len(module.kernel_size)
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
@@ -497,7 +498,7 @@ class RotationBank:
                     full = f"{part}/saved/{name}.{key}"
                     owner, _, leaf = f"{name}.{key}".rpartition(".")
                     value = (self.parameters[full] if values is None else values[full]).detach().float().cpu()
-                    frozen = getattr(modules[owner], leaf).detach().float().cpu()
+                    frozen = plain(getattr(modules[owner], leaf)).float().cpu()
                     out.setdefault((part, owner), []).append(Piece(Diff(value - frozen), leaf))
         return out
 
@@ -552,4 +553,4 @@ def _channels(module: nn.Module, v: Tensor, y: Tensor) -> Tensor:
 
 def _bias_like(module: nn.Module, y: Tensor) -> Tensor | None:
     bias = getattr(module, "bias", None)
-    return None if bias is None else _channels(module, bias.detach().to(y.device, y.dtype), y)
+    return None if bias is None else _channels(module, plain(bias).to(y.device, y.dtype), y)

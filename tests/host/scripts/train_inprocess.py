@@ -180,10 +180,10 @@ def fixed_loss(run, values, weight_seed=77):
 def zeros(bank):
     """Values with which the model is the untrained one: no rotation, and the own weights of modules trained whole."""
     out = {n: torch.zeros_like(p) for n, p in bank.parameters.items()}
-    for name in out:
-        part, kind, rest = name.split("/", 2) if name.count("/") == 2 else (*name.split("/"), "")
-        if kind == "saved":
-            out[name] = bank.parts[part][0].get_parameter(rest).detach().to(out[name])
+    for name, value in out.items():
+        part, _, rest = name.partition("/saved/")
+        if rest:
+            value.copy_(bank.parts[part][0].get_parameter(rest).detach())
     return out
 
 
@@ -305,7 +305,7 @@ def biases_and_whole_modules_train():
         ("flux", {"bias": "oft_only", "modules_to_save": "final_layer"}, "final_layer.linear.weight", "flow"),
     ):
         said = family_trains(family, config=config, prediction=prediction, learning_rate=0.02)
-        name = sorted(n for n in folders.names() if n.startswith("training/test"))[-1]
+        name = max(n for n in folders.names() if n.startswith("training/test"))
         adapter, model = folders.read(name), parts(family)[0]
         changed = {p.key for p in adapter.bind(host.index_of(model, None)).patches if isinstance(p.op, Diff)}
         assert f"diffusion_model.{part}" in changed and sum(k.endswith(".bias") for k in changed) > 3, changed
@@ -395,6 +395,69 @@ def packed_base_trains():
     assert now < was - 0.02 * was, f"{was:.4f}, then {now:.4f}"
     assert a_run(of_parts=packed(), steps=20, learning_rate=0.03).key == run.key
     assert a_run(of_parts=packed(1), steps=20, learning_rate=0.03).key != run.key
+
+
+@check
+def gguf_base_trains():
+    """Real Q8_0 and Q4_K tensors behind layers as the community's GGUF loader makes them."""
+    import gguf_layers
+
+    for family in ("flux", "sd15"):
+        fresh_user()
+        with torch.inference_mode():
+            model, types = gguf_layers.make_model(families, family)
+        kinds = {kind.name for kind in types.values()}
+        assert kinds == {"Q4_K", "Q8_0", "F32"}, kinds
+        net = model.model.diffusion_model
+        given = {n: (p, p.as_subclass(torch.Tensor).numpy().copy()) for n, p in net.named_parameters()}
+        of_parts = (model, *parts(family)[1:])
+        # Packed weights are near the plain ones, or the tests of this stand-in would prove nothing.
+        for name, kind in types.items():
+            if kind.name != "F32":
+                plain = parts(family)[0].model.diffusion_model.get_parameter(name)
+                off = (gguf_layers.unpacked(given[name][0], torch.float32) - plain).norm() / plain.norm()
+                assert off < (0.12 if kind.name == "Q4_K" else 0.01), (name, kind, off)
+        config = {"target_modules": "all-linear", "exclude_modules": "time_in.in_layer"}
+        run = a_run(family, of_parts=of_parts, steps=20, config=config, learning_rate=0.03)
+        outcome = go(run)
+        trained = {c.name for c in run.bank.parts["unet"][1].layers}
+        assert {types[f"{n}.weight"].name for n in trained} >= {"Q4_K", "Q8_0"}
+        moved = {n: float(p.detach().abs().max()) for n, p in run.bank.parameters.items()}
+        assert all(m > 0 for m in moved.values()), moved
+        was, now = fixed_loss(run, zeros(run.bank)), fixed_loss(run, None)
+        assert now < was - 0.02 * was, f"{family}: {was:.4f}, then {now:.4f}"
+        untouched(model.model)
+        for name, (p, before) in given.items():
+            now_there = net.get_parameter(name)
+            assert type(now_there) is type(p), name
+            assert (now_there.as_subclass(torch.Tensor).numpy() == before).all(), f"{name} has changed"
+        # The file on the same packed model gives the trained pictures.
+        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+            applied = host.apply(outcome.adapter, model, None, Strength(1.0), Strength(1.0)).model
+            other = train_host.HostModel(applied, *of_parts[1:])
+            plan = run.plan.samples
+            picture = other.vae.decode(other.sample_latent(plan.prompts[0], plan, (64, 64), plan.seed))[0]
+        assert (picture - outcome.samples[-1]).abs().max() < 0.0045
+        with torch.inference_mode():
+            twin = gguf_layers.make_model(families, family)[0]
+            unlike = gguf_layers.make_model(families, family, seed=1)[0]
+        keys = [a_run(family, of_parts=(m, *parts(family)[1:])).key for m in (model, twin, unlike)]
+        assert keys[0] == keys[1] != keys[2]
+    # Biases, row magnitudes and a module that GGUF files keep unpacked; packed ones cannot be trained whole.
+    model = gguf_layers.make_model(families, "flux")[0]
+    of_parts = (model, *parts("flux")[1:])
+    config = {"rescale": True, "bias": "oft_only", "modules_to_save": "final_layer"}
+    run = a_run("flux", of_parts=of_parts, steps=3, config=config)
+    before = {n: p.as_subclass(torch.Tensor).clone() for n, p in model.model.named_parameters()}
+    outcome = go(run)
+    same(before, {n: p.as_subclass(torch.Tensor).clone() for n, p in model.model.named_parameters()})
+    assert sum(isinstance(p.op, Diff) for p in outcome.adapter.bind(run.host.index).patches) > 8
+    raises(
+        ConfigError,
+        lambda: go(a_run("flux", of_parts=of_parts, config={"modules_to_save": "img_in"})),
+        "quantised",
+        "img_in",
+    )
 
 
 # --- what a step does ---------------------------------------------------------------------------------------
