@@ -210,9 +210,11 @@ def fill_module_(module: torch.nn.Module, seed: int = 0) -> None:
             fill_(name, tensor, seed)
 
 
-def _base_model(cls: type, config: dict, overrides: dict, device: torch.device | str):
+def _base_model(
+    cls: type, config: dict, overrides: dict, device: torch.device | str, dtype: torch.dtype = torch.float32
+):
     conf = cls(dict(config))
-    conf.set_inference_dtype(torch.float32, None)
+    conf.set_inference_dtype(dtype, None)
     conf.unet_config.update(overrides)
     return conf.get_model({}, "", device=device)
 
@@ -261,8 +263,10 @@ def taesd_state(family: str, seed: int = 0, prefix: str = "") -> dict[str, torch
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def make_model(family: str, full_depth: bool = False, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A model of `IN_MEMORY`, on the offload device, weights fp32."""
+def make_model(
+    family: str, full_depth: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> comfy.model_patcher.ModelPatcher:
+    """A model of `IN_MEMORY`, on the offload device, that keeps its weights and computes in `dtype`."""
     cls, short, full, overrides = IN_MEMORY[family]
     if full_depth and full is None:
         raise ValueError(
@@ -277,7 +281,7 @@ def make_model(family: str, full_depth: bool = False, seed: int = 0) -> comfy.mo
         if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer hosts
             config["txt_ids_dims"] = []
     offload = comfy.model_management.unet_offload_device()
-    model = _base_model(cls, config, overrides, offload)
+    model = _base_model(cls, config, overrides, offload, dtype)
     fill_module_(model.diffusion_model, seed)
     model.eval()
     return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), offload)
