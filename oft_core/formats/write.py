@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -182,13 +183,21 @@ def _kohya_names(index: NameIndex, unet: str) -> Callable[[str, Spelling], list]
 
 
 _ENCODERS = {"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"}
+_LIVE_ENCODER = re.compile(r"(?:text_encoders\.)?(\w+)\.transformer\.")
 
 
-def _comfy_names(key: str, spelling: Spelling) -> list:
-    """ComfyUI's dotted names."""
-    if spelling.part == "unet":
-        return [(f"diffusion_model.{spelling.path}", None, False)]
-    return [(f"text_encoders.{_ENCODERS[spelling.part]}.transformer.{_encoder_path(spelling)}", None, False)]
+def _comfy_names(index: NameIndex) -> Callable[[str, Spelling], list]:
+    """ComfyUI's dotted names. A text encoder is called as in the model at hand, else as its family's is: SD 2.x has a CLIP-H."""
+
+    def names(key: str, spelling: Spelling) -> list:
+        if spelling.part == "unet":
+            return [(f"diffusion_model.{spelling.path}", None, False)]
+        live = _LIVE_ENCODER.match(key)
+        by_family = "clip_h" if (index.family, spelling.part) == ("sd2", "te1") else _ENCODERS[spelling.part]
+        encoder = live[1] if live and live[1] != "cond_stage_model" else by_family
+        return [(f"text_encoders.{encoder}.transformer.{_encoder_path(spelling)}", None, False)]
+
+    return names
 
 
 def _peft_names(index: NameIndex) -> Callable[[str, Spelling], list]:
@@ -251,7 +260,7 @@ def _write_kohya(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple
 
 def _write_comfy(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
     out: dict[str, Tensor] = {}
-    for part in _parts(layers, index, "ComfyUI core", _comfy_names):
+    for part in _parts(layers, index, "ComfyUI core", _comfy_names(index)):
         _require(part.layer, "ComfyUI core", part.name, side="out", kinds=("cayley",), rows=False, share=False)
         out[f"{part.name}.oft_blocks"] = _square(part.layer)
         out[f"{part.name}.alpha"] = torch.tensor(0.0)
@@ -260,7 +269,7 @@ def _write_comfy(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple
 
 def _oft_v2_names(index: NameIndex) -> Callable[[str, Spelling], list]:
     if index.family not in (*_DIFFUSERS_NAMED, "sdxl"):
-        return _comfy_names
+        return _comfy_names(index)
 
     def names(key: str, spelling: Spelling) -> list:
         if spelling.part != "unet":
@@ -353,6 +362,6 @@ WRITERS: dict[str, Writer] = {
     "kohya": Writer("kohya networks.oft", _write_kohya, _no_place("kohya", "that tool's OFT network has rotations only")),
     "comfy": Writer(
         "ComfyUI core", _write_comfy,
-        lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_comfy_names, core=True),
+        lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_comfy_names(index), core=True),
     ),
 }

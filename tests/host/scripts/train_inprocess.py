@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -49,6 +50,7 @@ if __name__ == "__main__":
 if "comfyui_oft" in sys.modules:
     import comfy.model_management
     import comfy.model_sampling
+    import comfy.sd
     import comfy.utils
     import families
     import folder_paths
@@ -178,7 +180,7 @@ def fixed_loss(run, values, weight_seed=77):
 
 
 def zeros(bank):
-    """Values with which the model is the untrained one: no rotation, and the own weights of modules trained whole."""
+    """Values with which the model is the untrained one: no rotation, own weights in modules trained whole."""
     out = {n: torch.zeros_like(p) for n, p in bank.parameters.items()}
     for name, value in out.items():
         part, _, rest = name.partition("/saved/")
@@ -289,17 +291,23 @@ def flux_trains():
     return family_trains("flux", prediction="flow")
 
 
-def merged_weights(model, adapter):
-    """All weights of `model` with the adapter merged by ComfyUI."""
+def merged(patcher):
+    """All weights of a model with its patches merged by ComfyUI."""
     with torch.inference_mode():
-        patched = host.apply(adapter, model, None, Strength(1.0), Strength(1.0)).model
-        comfy.model_management.load_models_gpu([patched], force_patch_weights=True)
-        return state(patched)
+        comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
+        out = {k: v.detach().clone() for k, v in patcher.model_state_dict().items() if v.is_floating_point()}
+        comfy.model_management.unload_all_models()  # takes the patches out again
+        return out
+
+
+def merged_weights(model, adapter):
+    with torch.inference_mode():
+        return merged(host.apply(adapter, model, None, Strength(1.0), Strength(1.0)).model)
 
 
 @check
 def biases_and_whole_modules_train():
-    """Everything beside the rotations is in the file: it draws the trained pictures, and other tools get it too."""
+    """What is trained beside the rotations is in the file: it draws the trained pictures, other tools get it."""
     for family, config, part, prediction in (
         ("sd15", {"bias": "all", "modules_to_save": "out"}, "out.2.weight", "eps"),
         ("flux", {"bias": "oft_only", "modules_to_save": "final_layer"}, "final_layer.linear.weight", "flow"),
@@ -399,12 +407,8 @@ def packed_base_trains():
 
 @check
 def half_precision_bases_train():
-    """Models loaded as fp16 and bf16, computing in that type: loss falls, the file draws the trained pictures."""
-    for family, dtype, prediction in (
-        ("sd15", torch.float16, "eps"),
-        ("sdxl", torch.bfloat16, "eps"),
-        ("flux", torch.bfloat16, "flow"),
-    ):
+    """Models loaded as fp16 and bf16, computing in that type: loss falls, the file draws the pictures."""
+    for family, dtype in (("sd15", torch.float16), ("sdxl", torch.bfloat16), ("flux", torch.bfloat16)):
         with torch.inference_mode():
             model = families.make_model(family, dtype=dtype)
         assert model.model.get_dtype() == dtype
@@ -502,6 +506,69 @@ def gguf_base_trains():
         "quantised",
         "img_in",
     )
+
+
+def merged_by_core(model, clip, file):
+    """(weights as ComfyUI's own LoRA loader makes them from the file, names that it did not read)."""
+    missed = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if "not loaded" in record.getMessage():
+                missed.append(record.getMessage())
+
+    listener = Listener()
+    logging.getLogger().addHandler(listener)
+    try:
+        with torch.inference_mode():
+            patched = comfy.sd.load_lora_for_models(model, clip, load_file(file), 1.0, 1.0)
+            return merged(patched[0]) | merged(patched[1].patcher), missed
+    finally:
+        logging.getLogger().removeHandler(listener)
+
+
+@check
+def core_reads_what_is_written_for_it():
+    """ComfyUI's own loader makes the same weights of our files at strength 1, biases and whole layers included."""
+    for family, extra in (
+        ("sd15", {"modules_to_save": "out"}),
+        ("sd2", {"conv_modules": "all-conv"}),
+        ("sdxl", {}),
+        ("sd35", {"modules_to_save": "final_layer"}),
+        ("flux", {"modules_to_save": "final_layer"}),
+    ):
+        model, clip = parts(family)[:2]
+        for dialect, more in (("comfy", {"bias": "all", **extra}), ("lycoris", {}), ("kohya", {"blocks": 4})):
+            if dialect == "kohya" and (family in ("sd35", "flux") or "conv_modules" in extra):
+                continue
+            encoder = {"text_encoder_lr": 0.02} if dialect != "kohya" else {}
+            fresh_user()
+            # LyCORIS knows only blocks that are at most as large as they are many.
+            config = {"side": "output", **encoder, **more}
+            run = a_run(family, steps=2, block_size=4, config=config)
+            outcome = go(run)
+            with torch.inference_mode():
+                written = save.OFTSave.execute(
+                    adapter=outcome.adapter, model=model, clip=clip, name="core/x", dialect=dialect,
+                    precision="fp32", folder="oft",
+                ).args[0]  # fmt: skip
+                ours = host.apply(folders.read(written), model, clip, Strength(1.0), Strength(1.0))
+                want = merged(ours.model) | merged(ours.clip.patcher)
+                plain = merged(model) | merged(clip.patcher)
+            got, missed = merged_by_core(model, clip, folders.find(written))
+            turned = [k for k in plain if not torch.equal(want[k], plain[k])]
+            assert len(turned) > 10 and bool(encoder) == any("text_model" in k for k in turned)
+            if dialect == "kohya":
+                # Their prefix is not one of core's, so it reads nothing of them (ours does).
+                assert len(missed) == len(load_file(folders.find(written)))
+                same(got, plain)
+                continue
+            assert not missed, f"{family} {dialect}: {missed[:3]}"
+            for key in plain:
+                # Half-precision encoders: numbers in the middle between two are rounded to either side.
+                limit = 2e-6 if plain[key].dtype == torch.float32 else 1e-4
+                off = (got[key].double() - want[key].double()).norm() / plain[key].double().norm()
+                assert off < limit, f"{family} {dialect} {key}: {off}"
 
 
 # --- what a step does ---------------------------------------------------------------------------------------
