@@ -1,5 +1,5 @@
-"""The only file that touches ComfyUI's patching: names of the model's weights, the patch object, adding
-patches.
+"""What touches ComfyUI's weight patching: names of the model's weights, the patch object, adding patches.
+`runtime.py` has the other way, turned activations.
 
 An OFT patch is a multiplication, so it cannot be handed over as an additive difference. It goes into
 `ModelPatcher.patches` as a weight adapter object that rotates the weight in place when ComfyUI asks for it:
@@ -41,7 +41,7 @@ from ..oft_core import (
     guess_family,
 )
 from ..oft_core.adapter import apply_swapped_
-from . import cache
+from . import cache, runtime
 
 log = logging.getLogger("oft")
 
@@ -99,7 +99,9 @@ def _shapes(patcher: Any) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for key, value in patcher.model_state_dict().items():
         shown = comfy.utils.get_attr(patcher.model, key) if value.is_meta else value
-        shapes[key] = tuple(shown.shape)
+        shape = tuple(shown.shape)
+        packed = key.endswith(".weight") and not value.is_meta and not value.is_floating_point()
+        shapes[key] = runtime.logical_shape(patcher.model, key, shape) if packed else shape
     return shapes
 
 
@@ -235,20 +237,39 @@ class Keeper:
             cache.release(batch.token for batch in self.batches)
 
 
-def _base_row_norm(unpatched: Mapping[str, Any], patch: Patch) -> torch.Tensor:
+def _base_row_norm(patcher: Any, patch: Patch) -> torch.Tensor:
     """Row norms (rows,) float32 of the layer's unpatched, dequantised weight."""
-    stored, convert = unpatched[patch.key][0]
-    if stored.is_meta or not torch.is_floating_point(stored):
+    weight = runtime.plain_weight(patcher, patch.key)
+    if weight is None:
+        stored = comfy.utils.get_attr(patcher.model, patch.key)
         raise AdapterError(
             "This file needs the row norms of the model's own weights, which this model hides",
             module=patch.module,
             found=f"a weight stored as {stored.dtype}",
             hint="Use an fp16, bf16 or fp8 version of the model.",
         )
-    weight = convert(stored.detach().to(torch.float32, copy=True), inplace=True)
     if patch.rows is not None:
         weight = weight.narrow(0, *patch.rows)
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+def patch_objects(
+    side: Side, patches: Iterable[Patch], mode: str, coft: str | float
+) -> tuple[list[tuple[Patch, RotationPatch]], Keeper]:
+    """Each patch as ComfyUI's weight adapter, in order, and what must live beside them."""
+    patches = list(patches)
+    turned = [p for p in patches if isinstance(p.op, LayerRotation)]
+    placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned], mode), strict=True))
+    out: list[tuple[Patch, RotationPatch]] = []
+    for patch in patches:
+        tensors, plain = patch.op.to_state()
+        batch, place = placed.get(id(patch), (None, 0))
+        with normal_tensors():
+            norm = _base_row_norm(side.patcher, patch) if patch.op.needs_base_norm else None
+        kind, token = (DIFF, 0) if batch is None else (ROTATION, batch.token)
+        plan = (kind, token, place, mode, coft, patch.swap_halves)
+        out.append((patch, RotationPatch({patch.module}, ((tensors, norm), plain, plan))))
+    return out, Keeper({batch for batch, _ in placed.values()})
 
 
 def make_patches(
@@ -259,25 +280,16 @@ def make_patches(
     Several dictionaries only where a file has more than one change for the same rows. The strength is not in
     them: ComfyUI passes it to each patch, and hooks change it while sampling.
     """
-    patches = list(patches)
-    turned = [p for p in patches if isinstance(p.op, LayerRotation)]
-    placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned], mode), strict=True))
-    unpatched = side.patcher.get_key_patches() if any(p.op.needs_base_norm for p in patches) else {}
+    objects, keeper = patch_objects(side, patches, mode, coft)
     out: list[dict[Any, RotationPatch]] = []
-    for patch in patches:
-        tensors, plain = patch.op.to_state()
-        batch, place = placed.get(id(patch), (None, 0))
-        with normal_tensors():
-            norm = _base_row_norm(unpatched, patch) if patch.op.needs_base_norm else None
-        kind, token = (DIFF, 0) if batch is None else (ROTATION, batch.token)
-        plan = (kind, token, place, mode, coft, patch.swap_halves)
+    for patch, made in objects:
         key = patch.key if patch.rows is None else (patch.key, (0, *patch.rows))
         free = next((d for d in out if key not in d), None)
         if free is None:
             free = {}
             out.append(free)
-        free[key] = RotationPatch({patch.module}, ((tensors, norm), plain, plan))
-    return out, Keeper({batch for batch, _ in placed.values()})
+        free[key] = made
+    return out, keeper
 
 
 # --- applying a file ----------------------------------------------------------------------------------------
@@ -341,39 +353,50 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
 
 
 def apply(
-    adapter: Adapter, model: Any | None, clip: Any | None, at_model: Strength, at_clip: Strength
+    adapter: Adapter,
+    model: Any | None,
+    clip: Any | None,
+    at_model: Strength,
+    at_clip: Strength,
+    how: str = runtime.AUTO,
 ) -> Applied:
     """Patch clones of `model` and `clip` with the file, each at its own strength.
 
     model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
-    without patches. Raises what `place` raises.
+    without patches. how: one of `runtime.RUNTIMES`. Raises what `place` and `runtime.plan` raise.
     """
     sides = sides_of(model, clip)
     placed = place(adapter, sides, at_model, at_clip)
     given = {"model": model, "clip": clip}
+    notes: list[str] = []
     for side in sides:
-        given[side.name] = patched(side, placed.patches[side.name])
-    return Applied(given["model"], given["clip"], placed.report, placed.warnings)
+        mine = placed.patches[side.name]
+        notes += runtime_notes(side, mine, how)
+        given[side.name] = patched(side, mine, how)
+    return Applied(given["model"], given["clip"], "\n".join([placed.report, *notes]), placed.warnings)
+
+
+def runtime_notes(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = runtime.AUTO) -> list[str]:
+    """Lines for the report on what `patched` does with weights and what with activations."""
+    return list(runtime.plan(side.patcher.model, placed, how, side.words).notes)
 
 
 def _side_of(patch: Patch, sides: list[Side]) -> Side:
     return next(side for side in sides if patch.key in side.shapes)
 
 
-def patched(side: Side, placed: Iterable[tuple[Patch, Strength]]) -> Any:
+def patched(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = runtime.AUTO) -> Any:
     """A clone of the side's MODEL or CLIP with the patches added, each at its strength.
 
-    Patches at strength 0 are left out; where none remains the side is handed on as it came.
+    Patches at strength 0 are left out; where none remains the side is handed on as it came. how: one of
+    `runtime.RUNTIMES`; layers whose activations are turned get no weight patch.
     """
-    groups: dict[Strength, list[Patch]] = {}
-    for patch, at in placed:
-        if at.value != 0:
-            groups.setdefault(at, []).append(patch)
-    if not groups:
+    plan = runtime.plan(side.patcher.model, placed, how, side.words)
+    if not plan.weights and not plan.live:
         return side.owner
     clone = side.owner.clone()
     patcher = clone.patcher if side.name == "clip" else clone
-    for at, patches in groups.items():
+    for at, patches in _by_strength(plan.weights).items():
         dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
         for patch_dict in dictionaries:
             taken = set(clone.add_patches(patch_dict, at.value))
@@ -386,7 +409,21 @@ def patched(side: Side, placed: Iterable[tuple[Patch, Strength]]) -> Any:
                     hint="Another custom node may have replaced the model's patching; try without it.",
                 )
         patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
+    entries, keepers = [], []
+    for at, patches in _by_strength(plan.live).items():
+        objects, keeper = patch_objects(side, patches, at.mode, at.coft)
+        entries += [runtime.Entry(patch, at, made) for patch, made in objects]
+        keepers.append(keeper)
+    if entries:
+        runtime.attach(patcher, runtime.Application(entries, patcher, keepers))
     return clone
+
+
+def _by_strength(placed: Iterable[tuple[Patch, Strength]]) -> dict[Strength, list[Patch]]:
+    groups: dict[Strength, list[Patch]] = {}
+    for patch, at in placed:
+        groups.setdefault(at, []).append(patch)
+    return groups
 
 
 def _absent(adapter: Adapter, given: set[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..oft_core import COFT_CHOICES, MODES, Adapter, ReadOptions, Strength, StrengthError, describe
 from ..oft_core.constraint import coft_choice
-from . import compat, folders, host
+from . import compat, folders, host, runtime
 
 CATEGORY = "OFT"
 ALIASES = ["oft", "boft", "lora", "lycoris", "dreambooth", "orthogonal finetuning", "adapter"]
@@ -45,6 +45,11 @@ TIPS = {
     "coft_degrees": (
         "The largest angle in degrees that any block may turn by after strength. Used only when coft is "
         "'limit'."
+    ),
+    "runtime": (
+        "Where the rotation is applied. weights: to the model's weights, which can be saved. activations: to "
+        "what goes into each layer and comes out of it; weights stay as they are stored. auto: activations "
+        "where the weights are quantised (GGUF, fp8, int8 and so on), weights elsewhere."
     ),
     "adapter": "The adapter that Load OFT Adapter has read.",
     "out_model": "The model with the rotations applied.",
@@ -114,6 +119,9 @@ def _how() -> list[io.Input]:
             advanced=True,
             tooltip=TIPS["coft_degrees"],
         ),
+        io.Combo.Input(
+            "runtime", options=list(runtime.RUNTIMES), default=runtime.AUTO, optional=True, tooltip=TIPS["runtime"]
+        ),
     ]
 
 
@@ -135,10 +143,12 @@ def _checked_file(name: str | None) -> bool | str:
     return f"'{name}' is not in models/oft or the lora folders. Press R on the page to refresh the list."
 
 
-def _checked_how(mode: str | None, coft: str | None) -> bool | str:
-    """Input check of mode and coft; coft may be a number of degrees too, in prompts written by hand."""
+def _checked_how(mode: str | None, coft: str | None, where: str | None = None) -> bool | str:
+    """Input check of mode, coft and runtime; coft may be a number of degrees too, in prompts written by hand."""
     if mode is not None and mode not in MODES:
         return f"mode '{mode}' is not one of {', '.join(MODES)}."
+    if where is not None and where not in runtime.RUNTIMES:
+        return f"runtime '{where}' is not one of {', '.join(runtime.RUNTIMES)}."
     if coft is None or coft == LIMIT:
         return True
     try:
@@ -184,9 +194,13 @@ class OFTLoad(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, oft_name: str | None = None, mode: str | None = None, coft: str | None = None
+        cls,
+        oft_name: str | None = None,
+        mode: str | None = None,
+        coft: str | None = None,
+        runtime: str | None = None,
     ) -> bool | str:
-        return _first_complaint(_checked_file(oft_name), _checked_how(mode, coft))
+        return _first_complaint(_checked_file(oft_name), _checked_how(mode, coft, runtime))
 
     @classmethod
     def fingerprint_inputs(cls, oft_name: str | None = None, **_: Any) -> str:
@@ -203,9 +217,10 @@ class OFTLoad(io.ComfyNode):
         mode="rotation",
         coft="file",
         coft_degrees=15.0,
+        runtime="auto",
     ) -> io.NodeOutput:
         at_model, at_clip = (_at(s, mode, coft, coft_degrees) for s in (strength_model, strength_clip))
-        applied = host.apply(folders.read(oft_name), model, clip, at_model, at_clip)
+        applied = host.apply(folders.read(oft_name), model, clip, at_model, at_clip, runtime)
         return _shown(applied, applied.model, applied.clip)
 
 
@@ -226,9 +241,13 @@ class OFTLoadModelOnly(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, oft_name: str | None = None, mode: str | None = None, coft: str | None = None
+        cls,
+        oft_name: str | None = None,
+        mode: str | None = None,
+        coft: str | None = None,
+        runtime: str | None = None,
     ) -> bool | str:
-        return _first_complaint(_checked_file(oft_name), _checked_how(mode, coft))
+        return _first_complaint(_checked_file(oft_name), _checked_how(mode, coft, runtime))
 
     @classmethod
     def fingerprint_inputs(cls, oft_name: str | None = None, **_: Any) -> str:
@@ -236,10 +255,17 @@ class OFTLoadModelOnly(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, oft_name, strength_model, mode="rotation", coft="file", coft_degrees=15.0
+        cls,
+        model,
+        oft_name,
+        strength_model,
+        mode="rotation",
+        coft="file",
+        coft_degrees=15.0,
+        runtime="auto",
     ) -> io.NodeOutput:
         at = _at(strength_model, mode, coft, coft_degrees)
-        applied = host.apply(folders.read(oft_name), model, None, at, at)
+        applied = host.apply(folders.read(oft_name), model, None, at, at, runtime)
         return _shown(applied, applied.model)
 
 
@@ -308,8 +334,10 @@ class OFTApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, mode: str | None = None, coft: str | None = None) -> bool | str:
-        return _checked_how(mode, coft)
+    def validate_inputs(
+        cls, mode: str | None = None, coft: str | None = None, runtime: str | None = None
+    ) -> bool | str:
+        return _checked_how(mode, coft, runtime)
 
     @classmethod
     def execute(
@@ -322,11 +350,12 @@ class OFTApply(io.ComfyNode):
         mode="rotation",
         coft="file",
         coft_degrees=15.0,
+        runtime="auto",
     ) -> io.NodeOutput:
         if model is None and clip is None:
             raise ValueError("Apply OFT: connect a MODEL, a CLIP, or both.")
         at_model, at_clip = (_at(s, mode, coft, coft_degrees) for s in (strength_model, strength_clip))
-        applied = host.apply(adapter, model, clip, at_model, at_clip)
+        applied = host.apply(adapter, model, clip, at_model, at_clip, runtime)
         return _shown(applied, applied.model, applied.clip)
 
 

@@ -1,0 +1,582 @@
+"""Rotations at run time: layers whose input and output are turned in their forward, while their weights stay as they are stored.
+
+For weights that a patch would round again, that it cannot reach, or that would be patched anew in every forward. An application of
+a file is a `PatcherInjection` with a key of its own, so any number of them stack, in the order of the nodes. Which patcher's
+applications are in force is decided per loaded model, never by what was injected last: see `_Live.in_force`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.patcher_extension import CallbacksMP, PatcherInjection
+from torch import nn
+
+from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
+from ..oft_core.activations import Change, Pipeline, arriving_delta, map_vectors, terms_of
+from ..oft_core.adapter import apply_swapped_
+from . import cache
+
+log = logging.getLogger("oft")
+
+AUTO, WEIGHTS, ACTIVATIONS = "auto", "weights", "activations"
+RUNTIMES = (AUTO, WEIGHTS, ACTIVATIONS)
+LINEAR, CONV, EMBEDDING = "linear", "conv", "embedding"
+CALLBACKS = "oft_runtime"
+# Inputs with which the rows of a weight are measured at a time.
+PROBES = 256
+_MISSING = object()
+_count = itertools.count(1)
+
+
+# --- how a layer is stored ----------------------------------------------------------------------------------
+
+
+def layer_of(model: nn.Module, key: str) -> tuple[Any, str]:
+    """The module that holds a parameter, and the parameter's name in it."""
+    owner, _, leaf = key.rpartition(".")
+    return (comfy.utils.get_attr(model, owner) if owner else model), leaf
+
+
+def kind_of(module: Any, leaf: str) -> str | None:
+    """Whether the module is a layer whose activations can stand for this parameter: one of the kinds, else None."""
+    if leaf != "weight":
+        return None
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return None if module.transposed else CONV
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return LINEAR if all(isinstance(n, int) for n in sizes) and not isinstance(module, nn.Bilinear) else None
+
+
+def _gguf_type(tensor: Any) -> str | None:
+    """Name of the GGML type of a packed tensor, as GGUF loaders mark it; None for plain numbers."""
+    kind = getattr(tensor, "tensor_type", None)
+    return None if kind is None or int(kind) in (0, 1) else getattr(kind, "name", str(kind))
+
+
+def stored_as(module: Any) -> str | None:
+    """In words, how the layer's weight is quantised; None for numbers that a patch changes with one ordinary rounding."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if (name := _gguf_type(weight)) is not None:
+        return f"GGUF {name}"
+    if getattr(weight, "tensor_type", None) is not None:
+        return None
+    if type(weight).__module__.partition(".")[0] == "bitsandbytes":
+        return f"bitsandbytes {type(weight).__name__}"
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        layout = getattr(weight, "_layout_type", None) or getattr(weight, "_layout_cls", None)
+        return f"quantised, {layout or type(weight).__name__}"
+    if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+        return "scaled fp8" if getattr(module, "scale_weight", None) is not None else "fp8"
+    return None if weight.is_floating_point() else f"packed as {weight.dtype}"
+
+
+def _patchable(module: Any) -> bool:
+    """Whether ComfyUI can patch the layer's weight at all."""
+    weight = getattr(module, "weight", None)
+    if _gguf_type(weight) is not None or hasattr(module, "set_weight"):
+        return True
+    return weight is None or (weight.is_floating_point() and type(weight).__module__.partition(".")[0] != "bitsandbytes")
+
+
+def logical_shape(model: nn.Module, key: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a packed weight as its layer means it."""
+    module, leaf = layer_of(model, key)
+    if kind_of(module, leaf) == LINEAR:
+        return (module.out_features, module.in_features)
+    return tuple(shape)
+
+
+def plain_weight(patcher: Any, key: str) -> torch.Tensor | None:
+    """A layer's own weight without patches, float32 copy on its own device; None where the layer hides it."""
+    stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    module, leaf = layer_of(patcher.model, key)
+    for kept in (patcher.backup.get(key), patcher.hook_backup.get(key)):
+        if kept is not None:
+            stored = kept[0]
+    if (kind := getattr(stored, "tensor_type", None)) is not None and _gguf_type(stored) is not None:
+        import gguf  # comes with every GGUF loader
+
+        data = stored.as_subclass(torch.Tensor).detach().cpu().numpy()
+        return torch.from_numpy(gguf.dequantize(data, kind).reshape(tuple(stored.tensor_shape))).float()
+    if not _patchable(module) and kind_of(module, leaf) == LINEAR:
+        # No patch reaches such a layer, so what it answers is its own weight.
+        return _answers(lambda x: type(module).forward(module, x), module, torch.float32)
+    if stored.is_meta or not torch.is_floating_point(stored):
+        return None
+    if convert is not None:
+        return convert(stored.detach(), inplace=False).float()
+    return stored.detach().to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def _answers(layer: Callable[[torch.Tensor], torch.Tensor], module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in) float32 of a linear layer from its outputs for unit vectors."""
+    device, n = module.weight.device, module.in_features
+    at_zero = layer(torch.zeros(1, n, device=device, dtype=dtype)).float()
+    parts = []
+    for i in range(0, n, PROBES):
+        units = torch.zeros(min(PROBES, n - i), n, device=device, dtype=dtype)
+        units[range(len(units)), range(i, i + len(units))] = 1
+        parts.append((layer(units).float() - at_zero).t())
+    return torch.cat(parts, 1)
+
+
+# --- which way each layer goes ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file's patches with their strengths, by the way in which they are applied, and what to tell about it."""
+
+    weights: list[tuple[Patch, Strength]]
+    live: list[tuple[Patch, Strength]]
+    notes: list[str]
+
+
+def _obstacle(kind: str | None, ops: Iterable[LayerRotation | Diff]) -> str | None:
+    """Why these changes of one parameter are not made on activations."""
+    if kind is None:
+        return "no matrix with an input and an output"
+    if kind == EMBEDDING and any(
+        isinstance(op, Diff) or op.side == "out" or op.row_scale is not None or op.added is not None for op in ops
+    ):
+        return "rows of an embedding"
+    if kind != CONV and any(isinstance(op, LayerRotation) and op.memory_view for op in ops):
+        return "a rotation of the weight's memory"
+    return None
+
+
+def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: str, words: str) -> Plan:
+    """Decide layer by layer. runtime: one of `RUNTIMES`. words: what the model is, for the notes.
+
+    `auto` turns activations where the weight is quantised and patches weights everywhere else. Raises AdapterError where the only
+    way left would change numbers that a patch cannot reach.
+    """
+    placed = [(patch, at) for patch, at in placed if at.value != 0]
+    by_key: dict[str, list[Patch]] = {}
+    for patch, _ in placed:
+        by_key.setdefault(patch.key, []).append(patch)
+    live: set[str] = set()
+    why: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    rounded: Counter[str] = Counter()
+    for key, patches in by_key.items():
+        module, leaf = layer_of(model, key)
+        kind = kind_of(module, leaf)
+        stored = stored_as(module) if leaf == "weight" else None
+        obstacle = _obstacle(kind, (p.op for p in patches))
+        if obstacle is None and (runtime == ACTIVATIONS or (runtime == AUTO and stored is not None)):
+            live.add(key)
+            why[stored or "plain weights"] += 1
+            continue
+        if leaf == "weight" and not _patchable(module):
+            raise AdapterError(
+                "The weight of this layer cannot be patched",
+                module=patches[0].module,
+                found=f"a weight stored as {stored}",
+                expected="a weight of floating-point numbers",
+                hint=(
+                    f"Not on activations either ({obstacle}): use another version of the model."
+                    if obstacle is not None
+                    else "Set runtime to 'auto' or 'activations'."
+                ),
+            )
+        if obstacle is not None and leaf == "weight" and (runtime == ACTIVATIONS or stored is not None):
+            kept[obstacle] += 1
+        if stored is not None:
+            rounded[stored] += 1
+    notes = []
+    if live:
+        kinds = ", ".join(f"{n} {name}" for name, n in why.most_common())
+        rest = len(by_key) - len(live)
+        others = f", the weights of {rest} others are patched" if rest else ""
+        notes.append(f"{words}: activations of {len(live)} layers are turned ({kinds}){others}.")
+        notes.append(
+            "Turned activations are not part of a saved checkpoint; to bake the file in, set runtime to 'weights'."
+        )
+    if rounded:
+        kinds = ", ".join(f"{n} {name}" for name, n in rounded.most_common())
+        notes.append(
+            f"{words}: quantised weights are patched ({kinds}): rounded again, or unpacked and patched in every step."
+        )
+    notes += [f"{words}: {n} layers stay with weight patches ({reason})." for reason, n in kept.items()]
+    return Plan([e for e in placed if e[0].key not in live], [e for e in placed if e[0].key in live], notes)
+
+
+# --- one application of a file ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One change of one layer: what and how strongly, and the same as a weight patch of ComfyUI."""
+
+    patch: Patch
+    at: Strength
+    as_weight: Any
+
+    @property
+    def base_norm(self) -> torch.Tensor | None:
+        """Norms of the unpatched rows in the change's own order, if it needs them."""
+        norm = self.as_weight.weights[0][1]
+        if norm is None or not self.patch.swap_halves:
+            return norm
+        half = len(norm) // 2
+        return torch.cat([norm[half:], norm[:half]])
+
+    def built(self, device: torch.device) -> Any:
+        """The rotation's matrices on a device, None for a difference."""
+        if isinstance(self.patch.op, Diff):
+            return None
+        _, token, place, *_ = self.as_weight.weights[2]
+        return cache.rotation(token, place, self.at, device, self.patch.op)
+
+    def for_host(self) -> tuple:
+        """The entry of ComfyUI's patch list that does the same to the weight."""
+        offset = None if self.patch.rows is None else (0, *self.patch.rows)
+        return (self.at.value, self.as_weight, 1.0, offset, None)
+
+
+class Application(PatcherInjection):
+    """One file on one model. Shared by all clones of the patcher that it was added to; immutable.
+
+    layers: parameter key -> changes in the file's order.   after: key -> how many weight patches of the layer came before.
+    keeps: what must live as long.
+    """
+
+    def __init__(self, entries: Iterable[Entry], patcher: Any, keeps: Sequence[Any]):
+        super().__init__(inject=_inject, eject=_eject)
+        self.key = f"oft:{next(_count)}"
+        self.layers: dict[str, list[Entry]] = {}
+        for entry in entries:
+            self.layers.setdefault(entry.patch.key, []).append(entry)
+        self.after = {key: len(patcher.patches.get(key, ())) for key in self.layers}
+        self.unpatchable = {key for key in self.layers if not _patchable(layer_of(patcher.model, key)[0])}
+        self.keeps = tuple(keeps)
+
+    def in_weights(self, key: str, patches: Sequence[tuple]) -> bool:
+        """Whether this layer's changes already stand in its list of weight patches."""
+        return any(p[1] is entry.as_weight for p in patches for entry in self.layers[key])
+
+
+def applications(patcher: Any) -> list[Application]:
+    """The patcher's applications, in the order in which they act."""
+    return [i for group in patcher.injections.values() for i in group if isinstance(i, Application)]
+
+
+def live_entries(patcher: Any) -> dict[str, list[Entry]]:
+    """Parameter key -> changes that are made on activations, in order."""
+    out: dict[str, list[Entry]] = {}
+    for application in applications(patcher):
+        for key, entries in application.layers.items():
+            if not application.in_weights(key, patcher.patches.get(key, ())):
+                out.setdefault(key, []).extend(entries)
+    return out
+
+
+def attach(patcher: Any, application: Application) -> None:
+    """Add an application to a fresh clone of a patcher."""
+    patcher.set_injections(application.key, [application])
+    if not patcher.get_callbacks(CallbacksMP.ON_CLONE, CALLBACKS):
+        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, CALLBACKS, _on_clone)
+        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, CALLBACKS, _on_load)
+        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, CALLBACKS, _on_detach)
+    _on_clone(None, patcher)
+
+
+def _on_clone(_: Any, patcher: Any) -> None:
+    # ComfyUI copies this flag although the clone has injected nothing; it would then inject while another
+    # clone is loaded, or take that clone's injections away when it is dropped.
+    patcher.is_injected = False
+    if not isinstance(patcher.patches, OrderedPatches):
+        patcher.patches = OrderedPatches(patcher.patches, patcher)
+
+
+class OrderedPatches(dict):
+    """A patcher's weight patches. A patch that comes after an application of turned activations keeps its place.
+
+    Turned activations always act after all weight patches of their layer. So where a later node adds a patch (a LoRA) to the weight
+    of such a layer, the application goes into that layer's weight too, before the new patch; the weight is patched there anyway.
+    """
+
+    def __init__(self, patches: dict, patcher: Any):
+        super().__init__(patches)
+        self._patcher = weakref.ref(patcher)
+
+    def __setitem__(self, key: str, patches: list[tuple]) -> None:
+        patcher = self._patcher()
+        if patcher is not None:
+            patches = _in_order(key, patches, applications(patcher))
+        super().__setitem__(key, patches)
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)
+
+
+def _in_order(key: str, patches: list[tuple], apps: Iterable[Application]) -> list[tuple]:
+    waiting = [
+        a for a in apps if key in a.layers and key not in a.unpatchable and not a.in_weights(key, patches)
+    ]
+    if not any(len(patches) > a.after[key] for a in waiting):
+        return patches
+    out, shift = list(patches), 0
+    for a in waiting:
+        mine = [entry.for_host() for entry in a.layers[key]]
+        at = a.after[key] + shift
+        out[at:at] = mine
+        shift += len(mine)
+    return out
+
+
+def _on_load(patcher: Any, device: Any = None, budget: Any = 0, force_patch_weights: bool = False, *_: Any) -> None:
+    """ComfyUI forces weights to be patched in order to save them. Loaders that always do so have a `load` of their own."""
+    if force_patch_weights and type(patcher).load.__module__.startswith("comfy.") and (layers := live_entries(patcher)):
+        raise AdapterError(
+            "The model cannot be saved with this OFT file in it, because the file is applied while the model runs",
+            found=f"activations of {len(layers)} layers are turned, for instance of {next(iter(layers))}",
+            expected="a file applied to the weights",
+            hint="Set 'runtime' to 'weights' in the OFT node. Quantised weights are then rounded again.",
+        )
+
+
+# --- putting it into the layers' forwards -------------------------------------------------------------------
+
+
+class _Layer:
+    """One layer with all changes that a patcher makes to its activations."""
+
+    def __init__(self, module: nn.Module, entries: Sequence[Entry], rows: int):
+        self.module, self.entries, self.rows = module, tuple(entries), rows
+        self.kind = kind_of(module, "weight")
+        self.whole_kernel = self.kind == CONV and any(map(self._turns_kernel, self.entries))
+        self.made: dict[torch.device, Any] = {}
+
+    def _turns_kernel(self, entry: Entry) -> bool:
+        """Convolutions whose patches of the picture are rotated together, not their channels at each point alone."""
+        op, module = entry.patch.op, self.module
+        if isinstance(op, Diff) or op.memory_view or op.added is not None or op.norm_of == "current":
+            return True
+        pointwise = all(n == 1 for n in module.kernel_size) and module.groups == 1
+        return not pointwise and (op.side == "in" or op.col_scale is not None)
+
+    def __call__(self, original: Callable, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        if hasattr(x, "_layout_params"):  # a quantised input of ComfyUI's
+            x = x.dequantize()
+        device = x.device.type
+        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def layer(v: torch.Tensor) -> torch.Tensor:
+            with contextlib.nullcontext() if mixed is None else torch.autocast(device, mixed):
+                return original(v, *args, **kwargs)
+
+        with torch.autocast(device, enabled=False):
+            if self.kind == EMBEDDING:
+                y = layer(x)
+                for terms in self._prepared(y.device, self._table_terms):
+                    y = map_vectors(y, terms)
+                return y
+            if self.whole_kernel:
+                return self._with_kernel(x)
+            axis, plain = (-1, 2) if self.kind == LINEAR else (1, len(self.module.kernel_size) + 2)
+            batch = x if x.ndim >= plain else x.unsqueeze(0)
+            pipeline = self._prepared(x.device, lambda device: self._pipeline(device, layer, x.dtype))
+            y = pipeline(batch, layer, lambda y: self._bias(y, layer, x.dtype), axis)
+            return y if x.ndim >= plain else y.squeeze(0)
+
+    def _prepared(self, device: torch.device, make: Callable[[torch.device], Any]) -> Any:
+        if device not in self.made:
+            with torch.inference_mode(False), torch.no_grad():
+                self.made[device] = make(device)
+        return self.made[device]
+
+    def _table_terms(self, device: torch.device) -> list:
+        return [terms_of(e.patch.op, e.at, e.built(device), e.base_norm, device) for e in self.entries]
+
+    def _pipeline(self, device: torch.device, layer: Callable, dtype: torch.dtype) -> Pipeline:
+        changes: list[Change] = []
+        for e in self.entries:
+            start, length = e.patch.rows or (0, self.rows)
+            op, norm = e.patch.op, e.base_norm
+            if isinstance(op, LayerRotation) and op.norm_of == "current" and op.row_scale is not None:
+                norm = self._arriving_norm(Pipeline(changes, self.rows), e, slice(start, start + length), layer, dtype)
+            terms = terms_of(op, e.at, e.built(device), norm, device)
+            changes.append(Change(start, start + length, terms, e.patch.swap_halves))
+        return Pipeline(changes, self.rows)
+
+    def _arriving_norm(
+        self, before: Pipeline, e: Entry, rows: slice, layer: Callable, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Row norms of the weight as this change finds it, measured once."""
+
+        def changed(x: torch.Tensor) -> torch.Tensor:
+            return before(x, layer, lambda y: self._bias(y, layer, dtype), -1)
+
+        weight = _answers(changed, self.module, dtype)[rows]
+        if e.patch.swap_halves:
+            weight = torch.cat(weight.chunk(2)[::-1])
+        delta, gain = arriving_delta(e.patch.op, e.at)
+        if delta is not None:
+            weight = weight + gain * delta.to(weight.device, torch.float32).reshape(weight.shape)
+        return weight.norm(dim=1)
+
+    def _bias(self, y: torch.Tensor, layer: Callable, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias (out,) as the layer has just added it."""
+        bias = getattr(self.module, "bias", None)
+        if bias is None:
+            return None
+        if _gguf_type(bias) is not None or not bias.is_floating_point():
+            return layer(torch.zeros(1, self.module.in_features, device=y.device, dtype=dtype))[0]
+        bias = bias.detach().as_subclass(torch.Tensor).to(y.device, y.dtype)
+        for change in getattr(self.module, "bias_function", ()):
+            bias = change(bias.clone())
+        return bias
+
+    def _with_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution with its kernel turned for this one call, in float32 and rounded once to the input's dtype.
+
+        Exact, with nothing stored; costs one rotation of the kernel a call.
+        """
+        cast = getattr(self.module, "cast_bias_weight", None)  # GGUF layers unpack their weights there
+        if cast is not None:
+            weight, bias = cast(x)[:2]
+        elif hasattr(self.module, "comfy_cast_weights"):
+            weight, bias = comfy.ops.cast_bias_weight(self.module, x)
+        else:
+            weight, bias = self.module.weight, self.module.bias
+        with torch.no_grad():
+            kernel = weight.detach().to(torch.float32, copy=True)
+            for e, built in zip(self.entries, self._prepared(x.device, self._built), strict=True):
+                rows = kernel if e.patch.rows is None else kernel.narrow(0, *e.patch.rows)
+                norm = e.as_weight.weights[0][1]
+                apply_swapped_(e.patch.op, rows, e.at, e.patch.swap_halves, rotation=built, base_row_norm=norm)
+        return self.module._conv_forward(x, kernel.to(x.dtype), bias)
+
+    def _built(self, device: torch.device) -> list:
+        return [e.built(device) for e in self.entries]
+
+
+class _Live:
+    """All turned activations of one patcher, installed in its model's layers or not."""
+
+    def __init__(self, patcher: Any):
+        self.owner = weakref.ref(patcher)
+        self.owner_id = id(patcher)
+        self.model = weakref.ref(patcher.model)
+        self.of = _signature(patcher)
+        self.layers = []
+        for key, entries in live_entries(patcher).items():
+            module, _ = layer_of(patcher.model, key)
+            rows = getattr(module, "out_features", None) or module.weight.shape[0]
+            self.layers.append(_Layer(module, entries, rows))
+        self.undo: list[tuple[nn.Module, Any, Callable]] = []
+        self.installed = False
+
+    def install(self) -> None:
+        self.installed = True
+        for layer in self.layers:
+            module = layer.module
+            before = module.__dict__.get("forward", _MISSING)
+            wrapper = self._wrap(layer, module.forward)
+            module.__dict__["forward"] = wrapper
+            self.undo.append((module, before, wrapper))
+
+    def withdraw(self) -> None:
+        """Every forward as it was. Where something else has wrapped ours meanwhile, ours only passes on."""
+        self.installed = False
+        for module, before, wrapper in reversed(self.undo):
+            if module.__dict__.get("forward") is not wrapper:
+                continue
+            if before is _MISSING:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+        self.undo = []
+
+    def _wrap(self, layer: _Layer, original: Callable) -> Callable:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not self.in_force():
+                return original(x, *args, **kwargs)
+            return layer(original, x, args, kwargs)
+
+        return forward
+
+    def in_force(self) -> bool:
+        """Whether this patcher is the one for which its model is loaded. A failed load can leave its forwards behind."""
+        if not self.installed:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        model = self.model()
+        for loaded in comfy.model_management.current_loaded_models:
+            patcher = loaded.model
+            if patcher is not None and getattr(patcher, "model", None) is model and id(patcher) != self.owner_id:
+                self.withdraw()
+                _current.pop(model, None)
+                return False
+        return True
+
+
+_lives: weakref.WeakKeyDictionary[Any, _Live] = weakref.WeakKeyDictionary()
+_current: weakref.WeakKeyDictionary[nn.Module, _Live] = weakref.WeakKeyDictionary()
+
+
+def _signature(patcher: Any) -> tuple:
+    return tuple((key, tuple(map(id, entries))) for key, entries in live_entries(patcher).items())
+
+
+def _inject(patcher: Any) -> None:
+    """Put all of the patcher's applications in place; ComfyUI calls this once for each of them."""
+    now, mine = _current.get(patcher.model), _lives.get(patcher)
+    if now is not None and now is mine and now.installed and now.of == _signature(patcher):
+        return
+    if now is not None:
+        now.withdraw()
+    if mine is None or mine.of != _signature(patcher):
+        mine = _lives[patcher] = _Live(patcher)
+        _tell_about_order(patcher)
+    mine.install()
+    _current[patcher.model] = mine
+
+
+def _eject(patcher: Any) -> None:
+    now = _current.get(patcher.model)
+    if now is not None and now.owner_id == id(patcher):
+        now.withdraw()
+        del _current[patcher.model]
+
+
+def _on_detach(patcher: Any, *_: Any) -> None:
+    """The model is not loaded for this patcher any more: what was built for its device goes."""
+    _eject(patcher)
+    _lives.pop(patcher, None)
+
+
+def _tell_about_order(patcher: Any) -> None:
+    late = [
+        key
+        for a in applications(patcher)
+        for key in a.layers
+        if not a.in_weights(key, patcher.patches.get(key, ())) and len(patcher.patches.get(key, ())) > a.after[key]
+    ]
+    if late:
+        log.warning(
+            "OFT: weight patches that another node added later to %d layers (%s) act before the OFT file's turned activations.",
+            len(late),
+            late[0],
+        )
