@@ -269,8 +269,9 @@ def fp8_weights():
         if hasattr(module, "comfy_cast_weights") and module.weight is not None and module.weight.ndim > 1:
             module.weight = torch.nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
     base = state(model)
-    patched = applied(adapter_for(model), model).model
+    patched = host.apply(adapter_for(model), model, None, Strength(), Strength(), "weights").model
     first, second = loaded(patched), loaded(patched)
+    assert len(patched.patches) > 20
     partly = weights_in_forward(patched, torch.float32)
     for key in patched.patches:
         assert first[key].dtype == torch.float8_e4m3fn
