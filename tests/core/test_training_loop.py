@@ -157,6 +157,28 @@ def test_exact_resume_with_every_optimizer(tmp_path, optimizer):
     assert same(whole.everything(), second.everything())
 
 
+def test_eight_bit_state_is_really_eight_bit_and_resumes_exactly(tmp_path):
+    """bitsandbytes keeps small parameters in float32 unless it is told otherwise, so the test above says nothing about 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"optimizer": "adamw8bit", "lr": 0.01, "optimizer_args": {"min_8bit_size": 16}}
+    whole = Rig(**settings)
+    whole.trainer.run()
+    states = [s[k].dtype for s in whole.trainer.optimizer.state.values() for k in ("state1", "state2")]
+    assert states and set(states) == {torch.uint8}
+    plain = Rig(lr=0.01)
+    plain.trainer.run()
+    for name, p in whole.bank.parameters.items():
+        other = plain.bank.parameters[name]
+        assert 0 < (p - other).norm() < 0.1 * other.norm(), name  # rounded, and still AdamW
+    first = Rig(tmp_path, **settings)
+    first.trainer.should_stop = lambda: first.trainer.step == 5
+    first.trainer.run()
+    second = Rig(tmp_path, **settings)
+    assert second.trainer.resume()
+    second.trainer.run()
+    assert same(whole.everything(), second.everything())
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(TrainingError, match="pip install prodigyopt"):
