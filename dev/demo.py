@@ -26,6 +26,7 @@ OFT_FILE = "demo_oft.safetensors"
 # What the example workflows ask for -> the tiny file that stands in for it.
 STAND_INS = {"checkpoints/sd15.safetensors": "checkpoints/tiny_sd15.safetensors"}
 EXAMPLE_OFT_FILE = "my_subject_oft.safetensors"
+EXAMPLE_STYLE_FILE = "my_style_oft.safetensors"  # a second file, other blocks, no text encoder
 EXAMPLE_PICTURES = "my_subject"  # folder of training pictures
 SIZE = 192  # pixels of one picture
 
@@ -42,6 +43,13 @@ def provide_example_files(server: ComfyServer, models: Path) -> None:
                 shutil.copyfile(models / tiny, target)
     write_random_oft(
         models / "checkpoints" / "tiny_sd15.safetensors", server.models / "oft" / EXAMPLE_OFT_FILE
+    )
+    write_random_oft(
+        models / "checkpoints" / "tiny_sd15.safetensors",
+        server.models / "oft" / EXAMPLE_STYLE_FILE,
+        block_size=64,
+        text_encoder=False,
+        seed=1,
     )
     pictures = server.input / EXAMPLE_PICTURES
     pictures.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ def _blend_rows(part: list[Share], count: int) -> list[Patch]:
             ops.append(_average(here, count))
     differences = [s for s in part if isinstance(s.patch.op, Diff)]
     if differences:
-        if any(getattr(s.patch.op, "whole", False) for s in differences):
+        if any(s.patch.op.whole for s in differences):
             raise _refused(differences, "a file stores this parameter whole, not a change of it")
         delta = sum(s.strength.value / count * s.patch.op.delta.double() for s in differences)
         ops.append(Diff(delta.float()))

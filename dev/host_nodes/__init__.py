@@ -76,8 +76,47 @@ class TinySaveWeights:
         return {"ui": {"text": [json.dumps({"path": path, "count": len(chosen)})]}}
 
 
-NODE_CLASS_MAPPINGS = {"Tiny_Checkpoint": TinyCheckpoint, "Tiny_SaveWeights": TinySaveWeights}
+class TinyLoraStack:
+    """Stands in for other packs' LoRA stackers: a list of (name, strength_model, strength_clip) from JSON."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"entries": ("STRING", {"default": "[]", "multiline": True})}}
+
+    RETURN_TYPES = ("LORA_STACK",)
+    FUNCTION = "make"
+    CATEGORY = "_for_testing/tiny"
+
+    def make(self, entries):
+        return ([tuple(entry) for entry in json.loads(entries)],)
+
+
+class TinyShowLoraStack:
+    """Shows a LORA_STACK as JSON."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"lora_stack": ("LORA_STACK",)}}
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "show"
+    CATEGORY = "_for_testing/tiny"
+
+    def show(self, lora_stack):
+        assert all(isinstance(entry, tuple) for entry in lora_stack)
+        return {"ui": {"text": [json.dumps(lora_stack)]}}
+
+
+NODE_CLASS_MAPPINGS = {
+    "Tiny_Checkpoint": TinyCheckpoint,
+    "Tiny_SaveWeights": TinySaveWeights,
+    "Tiny_LoraStack": TinyLoraStack,
+    "Tiny_ShowLoraStack": TinyShowLoraStack,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "Tiny_LoraStack": "LoRA Stack (test)",
+    "Tiny_ShowLoraStack": "Show LoRA Stack (test)",
     "Tiny_Checkpoint": "Tiny Checkpoint (test)",
     "Tiny_SaveWeights": "Save Weights (test)",
 }

@@ -153,6 +153,7 @@ REFUSED = {
     "not positive": share(layer(8, 1, row_scale=torch.linspace(-1, 1, N))),
     "DoKr": share(layer(8, 1, added=torch.zeros(N, N))),
     "cut": share(LayerRotation("out", 7, 4, generator=torch.zeros(1, 4, 21), size=N)),
+    "parameter whole": share(Diff(torch.ones(N, N), whole=True)),
     "no rotation": share(LayerRotation("out", 8, 3, kind="matrix", matrix=torch.eye(8).expand(1, 3, 8, 8) * 1.1 + 0.1)),
 }
 

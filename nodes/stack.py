@@ -1,0 +1,283 @@
+"""Several adapters at once: a list of them with switches and strengths, and the node that applies it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..oft_core import MODES, Adapter, AdapterError, Strength
+from ..oft_core.constraint import COFT_CHOICES
+from ..oft_core.stack import Share, blend, holds_oft
+from . import compat, folders, host, load, runtime
+
+CATEGORY = load.CATEGORY
+OFTStackType = io.Custom("OFT_STACK")
+LoraStackType = io.Custom("LORA_STACK")
+ROWS = 4
+NONE = "none"
+COMPOSE, BLEND = "compose", "blend"
+
+TIPS = {
+    "stack": "A stack to add to: its adapters come before the ones of this node.",
+    "lora_stack": (
+        "A LORA_STACK of another pack. Its OFT files are taken into this stack, with this node's mode and "
+        "coft; its other files are handed on at other_loras."
+    ),
+    "adapter": "An adapter in memory, used in this row instead of a file.",
+    "on": "Off leaves the row out without forgetting its settings. The file stays in memory.",
+    "oft_name": "The OFT file of this row; none: the row is empty.",
+    "strength_model": "This row's strength on the diffusion model.",
+    "strength_clip": "This row's strength on the text encoders.",
+    "mode": load.TIPS["mode"],
+    "coft": load.TIPS["coft"],
+    "coft_degrees": load.TIPS["coft_degrees"],
+    "apply_stack": "The adapters to apply, from OFT Stack.",
+    "how": (
+        "compose: the rotations are multiplied in the order of the stack, as Load OFT nodes in a row. blend: "
+        "one rotation that is the average of all, taken in the Lie algebra, so that the order does not "
+        "matter; two adapters at strength 1 each act half."
+    ),
+    "out_stack": "All adapters, those of the incoming stack first.",
+    "out_lora_stack": (
+        "What came in as lora_stack and this stack's files that are on, as (name, strength_model, "
+        "strength_clip), for packs that show or save such lists."
+    ),
+    "out_other_loras": "What came in as lora_stack and is no OFT file, for the other pack's own loader.",
+    "out_list": "The stack in words: order, switches, strengths.",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place in a stack. name: as files are listed. adapter: None for a file whose row is off."""
+
+    name: str
+    on: bool
+    at_model: Strength
+    at_clip: Strength
+    adapter: Adapter | None
+
+    def line(self) -> str:
+        at = self.at_model
+        coft = f"{at.coft:g} degrees" if isinstance(at.coft, float) else at.coft
+        state = "" if self.on else " (off)"
+        return f"{self.name}{state}: model {at.value:g}, clip {self.at_clip.value:g}, {at.mode}, COFT {coft}"
+
+
+def listed_name(adapter: Adapter) -> str | None:
+    """The name under which file lists show the adapter's file, or None if it is not from such a folder."""
+    path = os.path.abspath(adapter.path)
+    for folder in folder_paths.get_folder_paths(folders.FOLDER):
+        name = os.path.relpath(path, os.path.abspath(folder))
+        if not name.startswith("..") and folders.find(name) is not None and os.path.isfile(path):
+            return name
+    return None
+
+
+def _row(name: str, on: bool, at_model: Strength, at_clip: Strength) -> Row:
+    return Row(name, on, at_model, at_clip, folders.read(name) if on else None)
+
+
+def _from_lora_stack(
+    stack: Sequence[Sequence[Any]], at: Strength
+) -> tuple[list[Row], list[tuple[str, float, float]]]:
+    """OFT rows of a LORA_STACK, and the entries that are something else or not to be found here."""
+    rows, others = [], []
+    for entry in stack:
+        if not isinstance(entry, (tuple, list)) or len(entry) < 3 or not isinstance(entry[0], str):
+            raise AdapterError(
+                "lora_stack is not a list of (name, strength_model, strength_clip)", found=repr(entry)
+            )
+        path = folders.find(entry[0])
+        if path is None or not holds_oft(path):
+            others.append(tuple(entry))
+            continue
+        at_model, at_clip = (replace(at, value=float(s)) for s in entry[1:3])
+        rows.append(_row(entry[0], True, at_model, at_clip))
+    return rows, others
+
+
+def _numbered(name: str, i: int, factory: Any, **more: Any) -> Any:
+    return factory(f"{name}_{i}", tooltip=TIPS[name], optional=True, **more)
+
+
+def _row_inputs(i: int) -> list[io.Input]:
+    strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
+    return [
+        _numbered("on", i, io.Boolean.Input, default=True),
+        _numbered("oft_name", i, io.Combo.Input, options=[NONE, *folders.names()], default=NONE),
+        _numbered("strength_model", i, io.Float.Input, **strength),
+        _numbered("strength_clip", i, io.Float.Input, **strength),
+    ]
+
+
+class OFTStack(io.ComfyNode):
+    """A list of adapters; chain the node for more rows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return compat.schema(
+            node_id="OFT_Stack",
+            display_name="OFT Stack",
+            category=CATEGORY,
+            description=(
+                "Collects OFT files and adapters with a switch and strengths for each, in order. Several of "
+                "these nodes in a row make a longer stack."
+            ),
+            search_aliases=[*load.ALIASES, "lora stack", "multi"],
+            inputs=[
+                OFTStackType.Input("stack", optional=True, tooltip=TIPS["stack"]),
+                LoraStackType.Input("lora_stack", optional=True, tooltip=TIPS["lora_stack"]),
+                *(_numbered("adapter", i, load.OFTAdapter.Input) for i in range(1, ROWS + 1)),
+                io.Combo.Input("mode", options=list(MODES), default="rotation", tooltip=TIPS["mode"]),
+                io.Combo.Input(
+                    "coft", options=[*COFT_CHOICES, load.LIMIT], default="file", tooltip=TIPS["coft"]
+                ),
+                io.Float.Input(
+                    "coft_degrees",
+                    default=15.0,
+                    min=0.1,
+                    max=180.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=TIPS["coft_degrees"],
+                ),
+                *(entry for i in range(1, ROWS + 1) for entry in _row_inputs(i)),
+            ],
+            outputs=[
+                OFTStackType.Output(display_name="stack", tooltip=TIPS["out_stack"]),
+                LoraStackType.Output(display_name="lora_stack", tooltip=TIPS["out_lora_stack"]),
+                LoraStackType.Output(display_name="other_loras", tooltip=TIPS["out_other_loras"]),
+                io.String.Output(display_name="report", tooltip=TIPS["out_list"]),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        names = [inputs.get(f"oft_name_{i}") for i in range(1, ROWS + 1)]
+        names += [e[0] for e in inputs.get("lora_stack") or ()]
+        return "\n".join(folders.fingerprint(name) for name in names if name and name != NONE)
+
+    @classmethod
+    def execute(
+        cls, mode="rotation", coft="file", coft_degrees=15.0, stack=None, lora_stack=None, **inputs: Any
+    ) -> io.NodeOutput:
+        at = Strength(1.0, mode, coft_degrees if coft == load.LIMIT else coft)
+        from_loras, others = _from_lora_stack(lora_stack or (), at)
+        rows = [*(stack or ()), *from_loras]
+        for i in range(1, ROWS + 1):
+            adapter, name = inputs.get(f"adapter_{i}"), inputs.get(f"oft_name_{i}", NONE)
+            on = inputs.get(f"on_{i}", True)
+            at_model, at_clip = (
+                replace(at, value=float(inputs.get(f"strength_{part}_{i}", 1.0)))
+                for part in ("model", "clip")
+            )
+            if adapter is not None:
+                rows.append(Row(listed_name(adapter) or adapter.name, on, at_model, at_clip, adapter))
+            elif name and name != NONE:
+                rows.append(_row(name, on, at_model, at_clip))
+        written = [(r.name, r.at_model.value, r.at_clip.value) for r in rows if r.on and folders.find(r.name)]
+        text = "\n".join(f"{i}. {r.line()}" for i, r in enumerate(rows, 1)) or "The stack is empty."
+        unwritten = [r.name for r in rows if r.on and not folders.find(r.name)]
+        if unwritten:
+            text += f"\nNot in lora_stack, because it is no file of a listed folder: {', '.join(unwritten)}"
+        if others:
+            text += f"\nNot OFT, handed on at other_loras: {', '.join(e[0] for e in others)}"
+        return io.NodeOutput(tuple(rows), [*others, *written], others, text, ui=ui.PreviewText(text))
+
+
+class OFTApplyStack(io.ComfyNode):
+    """Apply all adapters of a stack that are on."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return compat.schema(
+            node_id="OFT_ApplyStack",
+            display_name="Apply OFT Stack",
+            category=CATEGORY,
+            description=(
+                "Applies a stack of OFT adapters: one after the other, or averaged into one rotation."
+            ),
+            search_aliases=[*load.ALIASES, "lora stack", "merge"],
+            inputs=[
+                OFTStackType.Input("stack", tooltip=TIPS["apply_stack"]),
+                io.Model.Input("model", optional=True, tooltip=load.TIPS["model"]),
+                io.Clip.Input("clip", optional=True, tooltip=load.TIPS["clip"]),
+                io.Combo.Input("how", options=[COMPOSE, BLEND], default=COMPOSE, tooltip=TIPS["how"]),
+                io.Combo.Input(
+                    "runtime",
+                    options=list(runtime.RUNTIMES),
+                    default=runtime.AUTO,
+                    optional=True,
+                    tooltip=load.TIPS["runtime"],
+                ),
+            ],
+            outputs=[load.MODEL_OUT, load.CLIP_OUT, load.REPORT_OUT],
+        )
+
+    @classmethod
+    def execute(cls, stack, how, model=None, clip=None, runtime="auto") -> io.NodeOutput:
+        if model is None and clip is None:
+            raise ValueError("Apply OFT Stack: connect a MODEL, a CLIP, or both.")
+        rows = [row for row in stack if row.on]
+        if not rows:
+            text = "The stack has no adapter that is on; nothing changed."
+            return io.NodeOutput(model, clip, text, ui=ui.PreviewText(text))
+        together = apply_blend if how == BLEND else apply_in_order
+        model, clip, text = together(rows, model, clip, runtime)
+        off = [row.name for row in stack if not row.on]
+        text += f"\nOff: {', '.join(off)}" if off else ""
+        return io.NodeOutput(model, clip, text, ui=ui.PreviewText(text))
+
+
+def apply_in_order(
+    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = runtime.AUTO
+) -> tuple[Any, Any, str]:
+    """Patched MODEL and CLIP and a report; the rows act in their order. Raises what `host.apply` raises.
+
+    where: one of `runtime.RUNTIMES`.
+    """
+    texts = []
+    for i, row in enumerate(rows, 1):
+        applied = host.apply(row.adapter, model, clip, row.at_model, row.at_clip, where)
+        model, clip = applied.model, applied.clip
+        texts.append(f"{i}. {applied.report}")
+    return model, clip, "\n\n".join([f"{len(rows)} adapters, applied in this order.", *texts])
+
+
+def apply_blend(
+    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = runtime.AUTO
+) -> tuple[Any, Any, str]:
+    """Patched MODEL and CLIP and a report; one rotation for all rows. Raises `StackError` if there is none.
+
+    The average of each side is over the adapters that have layers for it.
+    """
+    sides = host.sides_of(model, clip)
+    placed = [host.place(row.adapter, sides, row.at_model, row.at_clip) for row in rows]
+    lines = [f"{len(rows)} adapters blended, whatever their order:"]
+    lines += [f"- {row.line()}" for row in rows]
+    given = {"model": model, "clip": clip}
+    for side in sides:
+        shares = [
+            [Share(patch, at, row.name) for patch, at in there.patches[side.name]]
+            for row, there in zip(rows, placed, strict=True)
+        ]
+        count = sum(bool(mine) for mine in shares)
+        if not count:
+            continue
+        with host.normal_tensors():
+            patches = blend([share for mine in shares for share in mine], count, side.shapes)
+            whole = [(patch, Strength()) for patch in patches]
+            given[side.name] = host.patched(side, whole, where)
+        lines.append(f"{side.words}: average of {count}, {len({p.key for p in patches})} weights turned.")
+        lines += host.runtime_notes(side, whole, where)
+    reports = [there.report for there in placed]
+    return given["model"], given["clip"], "\n\n".join(["\n".join(lines), *reports])
+
+
+NODES = (OFTStack, OFTApplyStack)
