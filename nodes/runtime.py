@@ -35,8 +35,9 @@ AUTO, WEIGHTS, ACTIVATIONS = "auto", "weights", "activations"
 RUNTIMES = (AUTO, WEIGHTS, ACTIVATIONS)
 LINEAR, CONV, EMBEDDING = "linear", "conv", "embedding"
 CALLBACKS = "oft_runtime"
-# Inputs with which the rows of a weight are measured at a time.
-PROBES = 256
+# Inputs with which the rows of a weight are measured at a time, and their size: above 1, so that the bias does not
+# swallow the weight's digits in half precision.
+PROBES, PROBE_SIZE = 256, 256.0
 _MISSING = object()
 _count = itertools.count(1)
 
@@ -127,14 +128,14 @@ def plain_weight(patcher: Any, key: str) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _answers(layer: Callable[[torch.Tensor], torch.Tensor], module: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (out, in) float32 of a linear layer from its outputs for unit vectors."""
+    """The weight (out, in) float32 of a linear layer from its outputs for the unit vectors."""
     device, n = module.weight.device, module.in_features
     at_zero = layer(torch.zeros(1, n, device=device, dtype=dtype)).float()
     parts = []
     for i in range(0, n, PROBES):
         units = torch.zeros(min(PROBES, n - i), n, device=device, dtype=dtype)
-        units[range(len(units)), range(i, i + len(units))] = 1
-        parts.append((layer(units).float() - at_zero).t())
+        units[range(len(units)), range(i, i + len(units))] = PROBE_SIZE
+        parts.append((layer(units).float() - at_zero).t() / PROBE_SIZE)
     return torch.cat(parts, 1)
 
 

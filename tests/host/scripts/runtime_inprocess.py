@@ -1,0 +1,864 @@
+"""Checks of turned activations (runtime = activations) inside a real ComfyUI process, without a server.
+
+usage: python runtime_inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
+
+Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[3]
+CHECKS: dict[str, object] = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def start(host_dir: str, work_dir: str):
+    """Import ComfyUI for the CPU, and our pack as ComfyUI would, under a name of its own."""
+    sys.path[:0] = [host_dir, str(REPO / "dev" / "host_nodes"), str(Path(__file__).parent)]
+    sys.argv[1:] = []
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = work_dir
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_oft", REPO / "__init__.py", submodule_search_locations=[str(REPO)]
+    )
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_oft"] = pack
+    spec.loader.exec_module(pack)
+
+
+if __name__ == "__main__":
+    host_path, work, *wanted = sys.argv[1:]
+    start(host_path, work)
+
+if "comfyui_oft" in sys.modules:
+    import comfy.hooks
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.patcher_extension
+    import comfy.sample
+    import comfy.sd
+    import comfy.supported_models
+    import families
+    import folder_paths
+    import gguf_layers
+    import torch
+    from comfyui_oft.nodes import host, runtime
+    from comfyui_oft.oft_core import AdapterError, ReadOptions, Strength, read_tensors
+
+    CPU = torch.device("cpu")
+
+
+# --- helpers ------------------------------------------------------------------------------------------------
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def named(key):
+    return "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
+
+
+def tensors_for(shapes, side="out", seed=0, block=8, std=0.1, rows=False):
+    """LyCORIS (out) or OneTrainer (in) tensors for parameters {key: shape}; rows: with row scales of their dialect."""
+    out = {}
+    for i, (key, shape) in enumerate(shapes.items()):
+        length = shape[0] if side == "out" else math.prod(shape[1:])
+        if length % block:
+            continue
+        name, n = named(key), length // block
+        if side == "out":
+            out[f"{name}.oft_blocks"] = numbers(n, block, block, seed=seed + i) * std
+            out[f"{name}.alpha"] = torch.tensor(0.0)
+            if rows:
+                out[f"{name}.rescale"] = 1 + 0.2 * numbers(shape[0], *[1] * (len(shape) - 1), seed=i).tanh()
+        else:
+            out[f"{name}.oft_R.weight"] = numbers(n, block * (block - 1) // 2, seed=seed + i) * std / 4
+            if rows:
+                out[f"{name}.dora_scale"] = 2 + 0.5 * numbers(shape[0], 1, seed=i).tanh()
+    assert out
+    return out
+
+
+WANT = ("attn1.to_", "attn2.to_", "ff.net", "proj_in", "proj_out", "in_layers.2", "emb_layers.1", ".op.", "qkv", "linear", "mlp")
+
+
+def shapes_of(patcher, want=WANT):
+    return {
+        k: shape
+        for k, shape in host._shapes(patcher).items()
+        if k.startswith("diffusion_model.") and k.endswith(".weight") and len(shape) in (2, 4) and any(w in k for w in want)
+    }
+
+
+def adapter_for(patcher, side="out", seed=0, want=WANT, **more):
+    return read_tensors(tensors_for(shapes_of(patcher, want), side, seed, **more), {}, name="test.safetensors")
+
+
+def applied(adapter, model, how, s=1.0, mode="rotation", clip=None):
+    at = Strength(s, mode)
+    return host.apply(adapter, model, clip, at, at, how)
+
+
+def turned(patcher):
+    return len(runtime.live_entries(patcher))
+
+
+class loaded:
+    """The model as it is in use for a patcher, loaded directly or, with a budget, partly."""
+
+    def __init__(self, patcher, budget=0):
+        self.patcher, self.budget = patcher, budget
+
+    def __enter__(self):
+        self.patcher.patch_model(CPU, lowvram_model_memory=self.budget)
+        return self.patcher.model
+
+    def __exit__(self, *_):
+        self.patcher.detach()
+
+
+def outputs(patcher, keys, budget=0, dtype=torch.float32):
+    """What every layer answers to the same random input, {key: tensor}."""
+    out = {}
+    with loaded(patcher, budget) as model, torch.no_grad():
+        for i, key in enumerate(keys):
+            module = model.get_submodule(key.removesuffix(".weight"))
+            if isinstance(module, torch.nn.modules.conv._ConvNd):
+                x = numbers(2, module.in_channels, 6, 5, seed=i)
+            else:
+                x = numbers(2, 7, module.in_features, seed=i)
+            out[key] = module(x.to(dtype)).clone()
+    return out
+
+
+def apart(a, b):
+    """Relative distance of two tensors."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def nearly(got, expected, base=None, limit=1e-5):
+    assert got.keys() == expected.keys()
+    for key in got:
+        assert apart(got[key], expected[key]) < limit, (key, apart(got[key], expected[key]))
+        assert base is None or apart(got[key], base[key]) > 1e-3, (key, "nothing was turned")
+
+
+def same(a, b, what=""):
+    for key in a:
+        assert torch.equal(a[key], b[key]), f"{what} {key}"
+
+
+def inputs_of(family, seed=3):
+    """Arguments of a diffusion model's forward."""
+    channels = families.LATENT_CHANNELS[family]
+    widths = {"sd15": (77, 768, None), "sdxl": (77, 2048, 2816), "sd3": (77, 4096, 2048), "flux": (16, 4096, 768)}
+    tokens, width, pooled = widths[family]
+    args = {"context": numbers(2, tokens, width, seed=seed + 1)}
+    if pooled:
+        args["y"] = numbers(2, pooled, seed=seed + 2)
+    if family == "flux":
+        args["guidance"] = torch.tensor([3.5, 3.5])
+    return numbers(2, channels, 8, 8, seed=seed), torch.tensor([0.5, 0.7]), args
+
+
+def forward(patcher, family="sd15", budget=0):
+    x, t, args = inputs_of(family)
+    with loaded(patcher, budget) as model, torch.no_grad():
+        return model.diffusion_model(x, t, **args)
+
+
+def raises(kind, call):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def lora(keys, model, seed=5, rank=4):
+    """A LoRA on these parameters, as ComfyUI's loader makes it."""
+    tensors = {}
+    for i, key in enumerate(keys):
+        shape = model.model.state_dict()[key].shape
+        tensors[f"{named(key)}.lora_up.weight"] = numbers(shape[0], rank, seed=seed + i) * 0.2
+        tensors[f"{named(key)}.lora_down.weight"] = numbers(rank, shape[1], seed=seed + i + 50) * 0.2
+    return comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}))
+
+
+def add_lora(patcher, patches, s=1.0):
+    clone = patcher.clone()
+    assert clone.add_patches(patches, s)
+    return clone
+
+
+# --- the same as weight patches -----------------------------------------------------------------------------
+
+
+@check
+def layers_equal_weight_patches():
+    """Linear layers and convolutions of every shape, both sides, row scales, every mode."""
+    for family in ("sd15", "sd3", "flux"):
+        model = families.make_model(family)
+        for side, rows, mode, s in (
+            ("out", True, "rotation", 0.7),
+            ("in", True, "rotation", 1.0),
+            ("in", False, "linear", 0.5),
+            ("out", False, "geodesic", -1.0),
+            ("in", False, "geodesic", 0.3),
+            ("out", True, "linear", 1.5),
+            ("out", False, "core", 0.5),
+        ):
+            adapter = adapter_for(model, side, rows=rows)
+            live = applied(adapter, model, "activations", s, mode).model
+            merged = applied(adapter, model, "weights", s, mode).model
+            keys = list(merged.patches)
+            assert turned(live) == len(keys) > 8 and not live.patches
+            base, budgets = outputs(model, keys), (0, 1)
+            expected = outputs(merged, keys)
+            for budget in budgets:
+                nearly(outputs(live, keys, budget), expected, base)
+
+
+@check
+def models_draw_the_same():
+    for family in ("sd15", "sdxl", "sd3", "flux"):
+        model = families.make_model(family)
+        for side in ("out", "in"):
+            adapter = adapter_for(model, side)
+            live, merged = (applied(adapter, model, how, 0.8).model for how in ("activations", "weights"))
+            plain, expected = forward(model, family), forward(merged, family)
+            assert apart(plain, expected) > 1e-3, (family, side)
+            for budget in (0, 1):
+                assert apart(forward(live, family, budget), expected) < 1e-5, (family, side)
+            assert torch.equal(forward(model, family), plain)
+
+
+def special(model):
+    """Contents of single layers that are more than one rotation: {what: (tensors, key)}."""
+    key = next(k for k in shapes_of(model) if "attn1.to_q" in k)
+    conv = next(k for k in shapes_of(model) if "in_layers.2" in k)
+    out = {}
+    for what, at in (("linear", key), ("convolution", conv)):
+        shape, name = tuple(model.model.state_dict()[at].shape), named(at)
+        n = math.prod(shape[1:])
+        weight = model.model.state_dict()[at]
+        left = {f"{name}.oft_R.weight": numbers(n // 8, 28) * 0.02}
+        out[f"DoRA on the base's norms, {what}"] = (
+            {**left, f"{name}.dora_scale": 1.5 * weight.flatten(1).norm(dim=1, keepdim=True)}, at)
+        out[f"DoRA on the arriving norms, {what}"] = (
+            {**left, f"{name}.lora_magnitude_vector.weight": 1.5 * weight.flatten(1).norm(dim=1)}, at)
+        out[f"column factors, {what}"] = (
+            {**left, f"{name}.dora_log_multiplier_col": 0.2 * numbers(n, seed=2)}, at)
+        out[f"difference beside it, {what}"] = (
+            {f"{name}.oft_blocks": numbers(shape[0] // 8, 8, 8) * 0.02, f"{name}.alpha": torch.tensor(1.0),
+             f"{name}.diff_b": numbers(shape[0], seed=3)}, at)
+        out[f"BOFT, {what}"] = (
+            {f"{name}.oft_blocks": numbers(3, shape[0] // 8, 8, 8) * 0.05, f"{name}.alpha": torch.tensor(0.0)}, at)
+        out[f"PEFT BOFT, {what}"] = (
+            {f"base_model.model.{at.removeprefix('diffusion_model.').removesuffix('.weight')}.boft_R":
+             numbers(3, n // 4, 4, 4) * 0.05,
+             f"base_model.model.{at.removeprefix('diffusion_model.').removesuffix('.weight')}.boft_s": torch.ones(shape[0], 1)},
+            at)
+    name, shape = named(key), tuple(model.model.state_dict()[key].shape)
+    out["DoKr-OFT"] = (
+        {f"{name}.oft_R.weight": numbers(shape[1] // 8, 28) * 0.02, f"{name}.lokr_w1": numbers(4, 4, seed=4) * 0.1,
+         f"{name}.lokr_w2": numbers(shape[0] // 4, shape[1] // 4, seed=5) * 0.1}, key)
+    return out
+
+
+@check
+def special_contents():
+    model = families.make_model("sd15")
+    seen = 0
+    for what, (tensors, key) in special(model).items():
+        adapter = read_tensors(tensors, {}, name="test", options=ReadOptions())
+        for mode, s in (("rotation", 0.6), ("linear", 0.4), ("rotation", -1.0)):
+            live, merged = (applied(adapter, model, how, s, mode).model for how in ("activations", "weights"))
+            assert turned(live) == 1, what
+            assert all(k.endswith("bias") for k in live.patches), (what, list(live.patches))
+            nearly(outputs(live, [key]), outputs(merged, [key]), outputs(model, [key]))
+            seen += 1
+    assert seen == 39, seen
+
+
+@check
+def dora_after_a_lora():
+    """Norms of the rows as they arrive are those of the LoRA's result, not of the base."""
+    model = families.make_model("sd15")
+    key = next(k for k in shapes_of(model) if "attn1.to_q" in k)
+    tensors, _ = special(model)["DoRA on the arriving norms, linear"]
+    first = adapter_for(model, "in", want=("attn1.to_q",), rows=True)
+    before = add_lora(model, lora([key], model))
+    for base in (before, applied(first, before, "activations", 0.5).model):
+        whole = base if base is before else applied(first, before, "weights", 0.5).model
+        live = applied(read_tensors(tensors, {}, name="t"), base, "activations").model
+        merged = applied(read_tensors(tensors, {}, name="t"), whole, "weights").model
+        nearly(outputs(live, [key]), outputs(merged, [key]), outputs(whole, [key]))
+
+
+@check
+def fused_slices_and_swapped_halves():
+    model = families.make_model("flux")
+    qkv, ada = "diffusion_model.double_blocks.0.img_attn.qkv.weight", "diffusion_model.final_layer.adaLN_modulation.1.weight"
+    for side in ("out", "in"):
+        tensors = {}
+        for i, part in enumerate(("transformer_blocks_0_attn_to_q", "transformer_blocks_0_attn_to_v", "norm_out_linear")):
+            rows = 128 if part.startswith("norm") else 64
+            if side == "out":
+                tensors[f"lycoris_{part}.oft_blocks"] = numbers(rows // 8, 8, 8, seed=i) * 0.1
+                tensors[f"lycoris_{part}.alpha"] = torch.tensor(0.0)
+                tensors[f"lycoris_{part}.rescale"] = 1 + 0.2 * numbers(rows, 1, seed=i).tanh()
+            else:
+                tensors[f"lora_{part}.oft_R.weight".replace("lora_", "lora_transformer_")] = numbers(8, 28, seed=i) * 0.02
+                tensors[f"lora_{part}.dora_scale".replace("lora_", "lora_transformer_")] = 2 + 0.5 * numbers(rows, 1, seed=i).tanh()
+        adapter = read_tensors(tensors, {}, name="test")
+        for s in (1.0, -0.6):
+            live, merged = (applied(adapter, model, how, s).model for how in ("activations", "weights"))
+            assert turned(live) == 2 and set(merged.patches) == {qkv, ada}, list(merged.patches)
+            keys = [qkv, ada]
+            nearly(outputs(live, keys), outputs(merged, keys), outputs(model, keys))
+
+
+def encoders(family):
+    """Text encoders in float32: rounding patched weights to float16 would hide what is compared."""
+    clip = families.make_clip(family)
+    management.unload_all_models()  # ComfyUI loads new text encoders at once
+    clip.cond_stage_model.to(torch.float32)
+    return clip
+
+
+@check
+def embeddings():
+    clip = encoders("sd15")
+    key = "clip_l.transformer.text_model.embeddings.token_embedding.weight"
+    tensors = {"base_model.model.text_model.embeddings.token_embedding.oft_embedding_R.weight": numbers(96, 28) * 0.05}
+    adapter = read_tensors(tensors, {}, name="test", config={"peft_type": "OFT", "oft_block_size": 8})
+    live, merged = (applied(adapter, None, how, 0.7, clip=clip).clip for how in ("activations", "weights"))
+    assert set(merged.patcher.patches) == {key} and turned(live.patcher) == 1
+    said = []
+    for one in (live, merged, clip):
+        tokens = one.tokenize("a red cat")
+        said.append(one.encode_from_tokens(tokens))
+        management.unload_all_models()
+    assert apart(said[0], said[1]) < 1e-5
+    assert apart(said[2], said[1]) > 1e-3
+
+
+@check
+def text_encoders():
+    for family in ("sd15", "flux"):
+        clip = encoders(family)
+        stem = "lora_te1" if family == "flux" else "lora_te"
+        tensors = {}
+        for layer in range(2):
+            for i, p in enumerate(("self_attn_q_proj", "mlp_fc1")):
+                name = f"{stem}_text_model_encoder_layers_{layer}_{p}"
+                n = 768 if i == 0 else 256
+                tensors |= {f"{name}.oft_blocks": numbers(n // 8, 8, 8, seed=i) * 0.1, f"{name}.alpha": torch.tensor(0.0)}
+        adapter = read_tensors(tensors, {}, name="test")
+
+        def said(one):
+            return one.encode_from_tokens(one.tokenize("a red cat on a table"), return_pooled=True)
+
+        plain = said(clip)
+        live, merged = (applied(adapter, None, how, 0.7, clip=clip).clip for how in ("activations", "weights"))
+        assert turned(live.patcher) == 4 and not live.patcher.patches
+        got, expected = said(live), said(merged)
+        for one, other in zip(got, expected, strict=True):
+            assert apart(one, other) < 1e-5, apart(one, other)
+        assert max(map(apart, got, plain)) > 1e-3
+        for got, base in zip(said(clip), plain, strict=True):
+            assert torch.equal(got, base)
+        management.unload_all_models()
+
+
+# --- stacks and order ---------------------------------------------------------------------------------------
+
+
+@check
+def any_number_in_any_order():
+    """Applications, weight patches and LoRAs after one another: as if all were weight patches, in the order of the nodes."""
+    model = families.make_model("sd15")
+    keys = [k for k in shapes_of(model) if "attn1.to_" in k][:2]
+    files = [adapter_for(model, side, seed=i, want=("attn1.to_",), rows=i == 1) for i, side in enumerate(("out", "in", "out"))]
+    patches = lora(keys, model)
+    steps = {
+        "a": lambda m, how: applied(files[0], m, how, 0.7).model,
+        "b": lambda m, how: applied(files[1], m, how, -0.5).model,
+        "c": lambda m, how: applied(files[2], m, how, 1.2, "linear").model,
+        "w": lambda m, how: applied(files[0], m, "weights", 0.4).model,
+        "l": lambda m, how: add_lora(m, patches, 0.8),
+    }
+    for chain in ("abc", "cba", "lab", "alb", "abl", "awb", "abw", "alblc", "lwalcb", "aabb"):
+        live = merged = model
+        for step in chain:
+            live, merged = steps[step](live, "activations"), steps[step](merged, "weights")
+        for budget in (0, 1):
+            nearly(outputs(live, keys, budget), outputs(merged, keys), outputs(model, keys))
+        last = chain[max(chain.rfind("l"), chain.rfind("w")) + 1 :]
+        assert len(runtime.live_entries(live).get(keys[0], ())) == len(last), chain
+    undone = applied(files[0], applied(files[0], model, "activations", 1.0).model, "activations", -1.0).model
+    nearly(outputs(undone, keys), outputs(model, keys))
+
+
+@check
+def branches_of_a_graph():
+    """A LoRA on one branch does not change another branch from the same node."""
+    model = families.make_model("sd15")
+    keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
+    node = applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model
+    before = outputs(node, keys)
+    other = add_lora(node, lora(keys, model))
+    assert other.patches and not node.patches and turned(node) == len(keys) and not turned(other)
+    same(outputs(node, keys), before, "first branch")
+    assert turned(node.clone()) == len(keys)
+    same(outputs(node.clone(), keys), before, "clone")
+
+
+@check
+def order_that_cannot_be_kept_is_told():
+    """Another pack has put a plain dictionary in the place of the ordered one."""
+    import logging
+
+    model = families.make_model("sd15")
+    keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
+    node = applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model.clone()
+    node.patches = dict(node.patches)
+    node.add_patches(lora(keys, model))
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("oft").addHandler(handler)
+    try:
+        outputs(node, keys)
+    finally:
+        logging.getLogger("oft").removeHandler(handler)
+    assert any("before the OFT file's turned activations" in text for text in said), said
+
+
+# --- nothing is left behind ---------------------------------------------------------------------------------
+
+
+def sampled(patcher, seed=1):
+    conds = [[numbers(1, 77, 768, seed=5), {"pooled_output": None}]]
+    noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), seed)
+    return comfy.sample.sample(patcher, noise, 2, 3.0, "euler", "normal", conds, conds, torch.zeros(1, 4, 8, 8), seed=seed)
+
+
+@check
+def base_is_bit_identical_afterwards():
+    model = families.make_model("sd15")
+    plain = sampled(model)
+    node = applied(adapter_for(model, "in"), model, "activations").model
+    first = sampled(node)
+    assert not torch.equal(first, plain)
+    assert torch.equal(sampled(model), plain), "the model that came in"
+    assert torch.equal(sampled(node), first), "again with the file"
+    assert torch.equal(sampled(model.clone()), plain), "a clone without the file"
+    sampled(node)
+    management.unload_all_models()
+    assert not any("forward" in m.__dict__ for m in model.model.modules()), "unloaded"
+    assert torch.equal(sampled(model), plain)
+    sampled(node)
+    del node
+    gc.collect()
+    assert torch.equal(sampled(model), plain), "the patcher is gone"
+    management.unload_all_models()
+
+
+@check
+def exception_in_the_middle_of_sampling():
+    model = families.make_model("sd15")
+    plain = sampled(model)
+    node = applied(adapter_for(model), model, "activations").model
+    first = sampled(node)
+    calls = []
+
+    class Stop(Exception):
+        pass
+
+    def broken(apply, args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise Stop
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    failing = node.clone()
+    failing.set_model_unet_function_wrapper(broken)
+    raises(Stop, lambda: sampled(failing))
+    assert len(calls) == 2
+    assert torch.equal(sampled(model), plain), "base"
+    assert torch.equal(sampled(node), first), "the same file afterwards"
+    # Inside a layer, and while it is loaded.
+    key = next(iter(runtime.live_entries(node)))
+    layer = dict(model.model.named_modules())[key.removesuffix(".weight")]
+    original = type(layer).forward
+
+    def raising(self, x):
+        if self is layer:
+            raise Stop
+        return original(self, x)
+
+    type(layer).forward = raising
+    try:
+        raises(Stop, lambda: sampled(node))
+    finally:
+        type(layer).forward = original
+    assert torch.equal(sampled(model), plain), "base after a layer's own exception"
+
+    def not_loading(*_):
+        raise Stop
+
+    stuck = node.clone()
+    stuck.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, not_loading)
+    stuck.patches_uuid = None
+    management.unload_all_models()
+    raises(Stop, lambda: sampled(stuck))
+    assert torch.equal(sampled(model), plain), "base after a failed load"
+    assert torch.equal(sampled(node), first)
+    management.unload_all_models()
+
+
+@check
+def dropped_clones_take_nothing_along():
+    """A clone of a loaded patcher is made and dropped, as caches of the executor do, also while its parent samples."""
+    model = families.make_model("sd15")
+    node = applied(adapter_for(model), model, "activations").model
+    first = sampled(node)
+    for change in (lambda c: None, lambda c: c.model_state_dict(), lambda c: c.add_patches({})):
+        clone = node.clone()
+        change(clone)
+        del clone
+        gc.collect()
+        assert torch.equal(sampled(node), first)
+
+    def meanwhile(apply, args):
+        clone = node.clone()
+        clone.model_state_dict()
+        del clone
+        gc.collect()
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    busy = node.clone()
+    busy.set_model_unet_function_wrapper(meanwhile)
+    assert torch.equal(sampled(busy), first)
+    plain = sampled(model)
+    other = applied(adapter_for(model, seed=7), node, "activations").model  # while the base is loaded
+    other.add_patches({})
+    assert torch.equal(sampled(model), plain)
+    management.unload_all_models()
+
+
+@check
+def memory_is_given_back():
+    from comfyui_oft.nodes import cache
+
+    model = families.make_model("sd15")
+    gc.collect()
+    before = len(runtime._lives), len(runtime._current)
+    node = applied(adapter_for(model), model, "activations").model
+    sampled(node)
+    assert len(runtime._lives) == before[0] + 1
+    management.unload_all_models()
+    assert (len(runtime._lives), len(runtime._current)) == before
+    tokens = {e.as_weight.weights[2][1] for es in runtime.live_entries(node).values() for e in es}
+    del node
+    gc.collect()
+    assert not tokens & set(cache._batches)
+
+
+@check
+def hooks_of_others():
+    """A LoRA hook changes weights in the middle of sampling; the activations stay turned meanwhile, and are built once."""
+    model = families.make_model("sd15")
+    keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
+    node = applied(adapter_for(model, want=("attn1.to_",)), model, "activations").model
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0)
+    hook.weights, hook.need_weight_init = lora(keys, model), False
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    node.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    x = numbers(2, 5, 32)
+    layer = dict(model.model.named_modules())[keys[0].removesuffix(".weight")]
+    weight = layer.weight.detach().clone()
+    with loaded(node), torch.no_grad():
+        plain = layer(x)
+        lives = dict(runtime._lives)
+        node.apply_hooks(group, force_apply=True)
+        hooked = layer(x)
+        assert lives == dict(runtime._lives) and apart(hooked, plain) > 1e-2
+        node.unpatch_hooks()
+        assert torch.equal(layer(x), plain)
+    assert torch.equal(layer.weight, weight)
+
+
+# --- quantised weights --------------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module if "comfyui_oft" in sys.modules else object):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+
+def quantised(kind, rows=96, columns=256, dtype=None):
+    """A model of one quantised layer: (patcher, weight that it stands for, original weight, bias)."""
+    dtype = dtype or torch.float32
+    true, bias = numbers(rows, columns, seed=11) * 0.05, numbers(rows, seed=12)
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if kind.startswith("GGUF"):
+        layer = gguf_layers.Operations.Linear(columns, rows)
+        stored = gguf_layers.packed(true, getattr(gguf_layers.Type, kind.split()[1]))
+        layer.weight = torch.nn.Parameter(stored, requires_grad=False)
+        layer.bias = torch.nn.Parameter(gguf_layers.packed(bias, gguf_layers.Type.F32), requires_grad=False)
+        means, patcher_class = gguf_layers.unpacked(stored, torch.float32), gguf_layers.Patcher
+    elif kind == "bitsandbytes":
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(columns, rows, quant_type="nf4", compute_dtype=dtype)
+        layer.load_state_dict({"weight": true, "bias": bias})
+        layer = layer.to("cpu")
+        layer(torch.zeros(1, columns))
+        means = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        means = means.reshape(rows, columns)
+    elif kind == "mixed precision":
+        ops = comfy.ops.mixed_precision_ops(
+            {"linear": {"format": "float8_e4m3fn"}}, compute_dtype=dtype, full_precision_mm=True
+        )
+        layer = ops.Linear(columns, rows, device="cpu", dtype=dtype)
+        scale = true.abs().max() / 448
+        net = Net(layer)
+        state = {"weight": (true / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "bias": bias.to(dtype)}
+        net.load_state_dict({f"linear.{k}": v for k, v in state.items()})
+        means = state["weight"].float() * scale
+    else:
+        scaled = kind == "scaled fp8"
+        ops = comfy.ops.scaled_fp8_ops(fp8_matrix_mult=False) if scaled else comfy.ops.manual_cast
+        layer = ops.Linear(columns, rows, device="cpu", dtype=torch.float8_e4m3fn)
+        scale = true.abs().max() / 448 if scaled else torch.tensor(1.0)
+        layer.weight = torch.nn.Parameter((true / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        layer.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+        if scaled:
+            layer.scale_weight = torch.nn.Parameter(scale, requires_grad=False)
+            layer.scale_input = None
+        means = layer.weight.float() * scale
+    return patcher_class(Net(layer).eval(), CPU, CPU), means, true, bias
+
+
+def on_net(patcher, tensors, how, s=1.0, shape=(96, 256)):
+    """A clone with a file for the layer `linear` applied."""
+    shapes = host._shapes(patcher)
+    assert shapes["linear.weight"] == shape, shapes
+    index = host.HostIndex(shapes, {"linear": host.Target("linear.weight")})
+    side = host.Side("model", "Model", patcher, patcher, shapes, {})
+    adapter = read_tensors(tensors, {}, name="test.safetensors")
+    placed = [(patch, Strength(s)) for patch in adapter.bind(index).patches]
+    return host.patched(side, placed, how), host.runtime_notes(side, placed, how)
+
+
+NET_FILES = {
+    "out": {"linear.oft_blocks": None, "linear.alpha": None},
+    "in": {"linear.oft_R.weight": None},
+    "in, DoRA": {"linear.oft_R.weight": None, "linear.dora_scale": None},
+}
+
+
+def net_tensors(which):
+    out = {}
+    for name in NET_FILES[which]:
+        out[name] = {
+            "oft_blocks": lambda: numbers(12, 8, 8) * 0.1,
+            "alpha": lambda: torch.tensor(0.0),
+            "oft_R.weight": lambda: numbers(32, 28) * 0.03,
+            "dora_scale": lambda: 2 + 0.3 * numbers(96, 1, seed=6).tanh(),
+        }[name.removeprefix("linear.")]()
+    return out
+
+
+def truth(which, weight, s=1.0):
+    """The file applied to a float64 weight."""
+    adapter = read_tensors(net_tensors(which), {}, name="t")
+    index = host.HostIndex({"linear.weight": tuple(weight.shape)}, {"linear": host.Target("linear.weight")})
+    out = weight.double()
+    for patch in adapter.bind(index).patches:
+        norm = weight.double().norm(dim=1).float() if patch.op.needs_base_norm else None
+        patch.op.apply_(out, Strength(s), base_row_norm=norm)
+    return out
+
+
+def answer(patcher, x):
+    with loaded(patcher) as model, torch.no_grad():
+        return model.linear(x).clone()
+
+
+QUANTISED = ("fp8", "scaled fp8", "mixed precision", "GGUF Q8_0", "GGUF Q4_K", "bitsandbytes")
+
+
+@check
+def quantised_layers_lose_nothing():
+    """Errors against the file applied exactly to the weight that the layer stands for, and against the original weight."""
+    said = []
+    for kind in QUANTISED:
+        for dtype in (torch.float32, torch.bfloat16):
+            patcher, means, true, bias = quantised(kind, dtype=dtype)
+            x = numbers(3, 40, 256, seed=13).to(dtype)
+            bias = bias.to(dtype).double()
+
+            def beside_bias(patcher, x=x, bias=bias):
+                return answer(patcher, x).double() - bias
+
+            exact = x.double() @ means.double().t()
+            own = apart(beside_bias(patcher), exact)
+            lost = apart(beside_bias(patcher), x.double() @ true.double().t())
+            for which in NET_FILES:
+                clone, notes = on_net(patcher, net_tensors(which), "auto")
+                assert turned(clone) == 1 and "turned" in notes[0], notes
+                got = beside_bias(clone)
+                exact = x.double() @ truth(which, means).t()
+                wanted = x.double() @ truth(which, true).t()
+                error, all_lost = apart(got, exact), apart(got, wanted)
+                # Beside what the layer itself makes: float32 arithmetic, and one rounding of activations to bfloat16.
+                unit = 2e-7 if dtype == torch.float32 else 2.0**-9
+                # bitsandbytes' CPU kernel rounds the bias too, which is then not turned with the rest.
+                slack = 1.05 if kind == "bitsandbytes" else 1.0
+                assert error <= slack * own + unit, (kind, dtype, which, error, own)
+                assert all_lost <= 1.05 * lost + unit, (kind, dtype, which, all_lost, lost)
+                if which != "in, DoRA" and dtype == torch.float32 and kind in QUANTISED[:3]:
+                    patched, _ = on_net(patcher, net_tensors(which), "weights")
+                    again = apart(beside_bias(patched), exact)
+                    assert again > 1e-2 > 1e4 * error, (kind, which, again, error)
+                    said.append(f"{kind}, {which}: {error:.1e}, as a weight patch {again:.1e}, layer alone {own:.1e}")
+            assert apart(beside_bias(patcher), exact) > 1e-2, "the base is as before"
+    return "\n".join(said)
+
+
+@check
+def stored_bytes_stay():
+    for kind in QUANTISED:
+        patcher, *_ = quantised(kind)
+        weight = patcher.model.linear.weight
+        clone, _ = on_net(patcher, net_tensors("in"), "auto")
+        answer(clone, numbers(2, 256))
+        assert patcher.model.linear.weight is weight, kind
+        assert not clone.patches and not patcher.backup, kind
+
+
+@check
+def weights_that_no_patch_reaches():
+    patcher, *_ = quantised("bitsandbytes")
+    text = raises(AdapterError, lambda: on_net(patcher, net_tensors("in"), "weights"))
+    assert "runtime" in text and "Params4bit" in text, text
+
+
+@check
+def packed_models_choose_by_layer():
+    """A GGUF model: activations of its packed layers, weights of the others, and a LoRA after it in its place."""
+    model, types = gguf_layers.make_model(families, "sd15")
+    keys = [k for k in shapes_of(model) if isinstance(model.model.get_submodule(k.removesuffix(".weight")), torch.nn.Linear)]
+    done = applied(adapter_for(model, "in"), model, "auto")
+    packed = {f"diffusion_model.{n}" for n, t in types.items() if t not in gguf_layers.UNPACKED}
+    live = set(runtime.live_entries(done.model))
+    assert live and live <= packed and not set(done.model.patches) & packed and len(done.model.patches) > 3
+    assert "GGUF Q8_0" in done.report and "weights of" in done.report, done.report
+    keys = [k for k in keys if k in live]
+    merged = applied(adapter_for(model, "in"), model, "weights")
+    assert "unpacked and patched" in merged.report
+    nearly(outputs(done.model, keys), outputs(merged.model, keys), outputs(model, keys))
+    chosen = keys[:2]
+    patches = {k: ("diff", (numbers(*host._shapes(model)[k], seed=3) * 0.05,)) for k in chosen}
+    late, late_merged = add_lora(done.model, patches), add_lora(merged.model, patches)
+    nearly(outputs(late, keys), outputs(late_merged, keys), outputs(model, keys))
+    assert live - set(runtime.live_entries(late)) == set(chosen)
+
+
+@check
+def unquantised_models_keep_weight_patches():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = families.make_model("sd15")
+        model.model.diffusion_model.to(dtype)
+        done = applied(adapter_for(model), model, "auto")
+        assert not turned(done.model) and done.model.patches and "ctivations" not in done.report
+
+
+# --- saving -------------------------------------------------------------------------------------------------
+
+
+@check
+def saving_is_refused_with_the_way_out():
+    model = families.make_model("sd15")
+    adapter = adapter_for(model)
+    path = str(Path(folder_paths.models_dir) / "runtime_saved.safetensors")
+    done = applied(adapter, model, "activations")
+    assert "saved checkpoint" in done.report and "'weights'" in done.report
+    plain = sampled(model)
+    text = raises(AdapterError, lambda: comfy.sd.save_checkpoint(path, done.model))
+    assert "runtime" in text and "'weights'" in text and not Path(path).exists(), text
+    assert torch.equal(sampled(model), plain), "base after the refusal"
+    merged = applied(adapter, model, "weights").model
+    comfy.sd.save_checkpoint(path, merged)
+    from safetensors.torch import load_file
+
+    saved = load_file(path)
+    with loaded(merged) as inside:
+        for key in merged.patches:
+            expected = inside.state_dict()[key]
+            assert apart(saved["model." + key], expected) < 1e-3, key
+    management.unload_all_models()
+    # A later LoRA on every turned layer moves the file into the weights: nothing is missing then.
+    keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
+    late = add_lora(applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model, lora(keys, model))
+    comfy.sd.save_checkpoint(path, late)
+    management.unload_all_models()
+    Path(path).unlink()
+
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+
+@check
+def compiled_models():
+    model = families.make_model("sd15")
+    adapter = adapter_for(model, "in", want=("attn1.to_",))
+    node = applied(adapter, model, "activations", 0.7).model
+    key = next(iter(runtime.live_entries(node)))
+    layer = dict(model.model.named_modules())[key.removesuffix(".weight")]
+    x = numbers(2, 5, layer.in_features)
+    with loaded(node), torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, backend="eager")(x)
+    assert apart(compiled, expected) < 1e-6 and apart(layer(x), expected) > 1e-3
+
+
+def main() -> int:
+    failed = 0
+    for name in wanted or CHECKS:
+        try:
+            detail, ok = CHECKS[name]() or "", True
+        except Exception:  # noqa: BLE001 (a check may fail in any way; the trace is the result)
+            detail, ok = traceback.format_exc(), False
+        failed += not ok
+        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
