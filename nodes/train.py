@@ -8,7 +8,7 @@ import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..oft_core.training import OPTIMIZERS, SCHEDULES, ConfigError, OFTConfig, TrainSettings
-from . import compat, train_host
+from . import compat, train_host, train_mode
 from .dataset import CATEGORY, OFTDataset
 from .load import OFTAdapter
 from .train_plan import PRESETS, make_config, make_plan
@@ -96,7 +96,11 @@ CONFIG_TIPS = {
     ),
     "prior_weight": "Weight of the class beside the subject.",
     "class_pictures": "How many class pictures are drawn, with prior = pictures.",
-    "text_encoder_lr": "Learning rate of the text encoders (CLIP); 0: not trained.",
+    "text_encoder_lr": "Learning rate of the CLIP text encoders; 0: not trained.",
+    "t5_lr": (
+        "Learning rate of the T5 text encoder of SD3 and Flux; 0: not trained. It is as large as the model itself, so this "
+        "needs far more memory; captions are then encoded anew in every step."
+    ),
     "guidance": "Guidance value while training, for models that have one built in (Flux).",
     "loss_scale": "For half-precision models; 0: by the model.",
     "sample_steps": "Steps of a sample picture.",
@@ -180,6 +184,7 @@ class OFTTrainConfigNode(io.ComfyNode):
                 number("prior_weight", 1.0, 0.0, 10.0),
                 whole("class_pictures", 16, 1, 1000),
                 number("text_encoder_lr", 0.0, 0.0, 1.0, 0.000001),
+                number("t5_lr", 0.0, 0.0, 1.0, 0.000001),
                 number("guidance", 1.0, 0.0, 100.0),
                 number("loss_scale", 0.0, 0.0, 65536.0),
                 whole("sample_steps", 20, 1, 200),
@@ -260,7 +265,7 @@ class OFTTrain(io.ComfyNode):
                 raise ConfigError(
                     f"Train OFT got no {what}", found="None", hint="The checkpoint may lack that part."
                 )
-        with train_host.training_mode():
+        with train_mode.training_mode():
             plan = make_plan(dataset=dataset, config=config, **knobs)
             done = Run(plan, dataset, model, clip, vae, cls.hidden.unique_id)()
         return io.NodeOutput(

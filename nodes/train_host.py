@@ -1,4 +1,4 @@
-"""The only training file that touches the inside of ComfyUI's models.
+"""ComfyUI's MODEL, CLIP and VAE as the training engine wants them.
 
 What ComfyUI's own trainer gets wrong is done here on purpose in another way: captions of a batch are never
 combined, latents always pass through `process_latent_in`, no weight is wrapped or patched, and frozen weights are
@@ -8,15 +8,13 @@ ordinary tensors, so that any layer can be trained and the base model stays as i
 from __future__ import annotations
 
 import contextlib
-import gc
-import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.ops
 import comfy.sample
@@ -30,6 +28,7 @@ from ..oft_core import Adapter, Diff, LayerRotation
 from ..oft_core.adapter import load_adapter
 from ..oft_core.errors import FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
+from ..oft_core.names.spelling import is_t5_path
 from ..oft_core.training import (
     ConfigError,
     Loaded,
@@ -38,116 +37,22 @@ from ..oft_core.training import (
     OFTConfig,
     Record,
     RotationBank,
-    TrainingError,
     checkpointing,
 )
 from ..oft_core.training.layers import plain_weight
 from . import host
 from .dataset import TrainingSet
+from .train_blocks import blocks_of, copied_input, inputs_kept, plain_attention
+from .train_mode import ordinary_, own_randomness
+from .train_store import Store, fingerprint
 
 log = logging.getLogger("oft")
 
 LOW_VRAM = ("off", "checkpointing", "offload")
-UNET, ENCODERS = "unet", "te"
+# The parts of a model that can be trained. T5 is apart from the CLIP encoders: it is far larger.
+UNET, ENCODERS, T5 = "unet", "te", "t5"
 # Dialects in the order in which a trained adapter is written: the first that can hold it.
 DIALECTS = ("oft_v2", "lycoris", "comfy", "oft_v2_plus")
-OUT_OF_MEMORY = comfy.model_management.OOM_EXCEPTION
-Stopped = comfy.model_management.InterruptProcessingException
-
-
-@contextlib.contextmanager
-def training_mode() -> Iterator[None]:
-    """Nodes run under inference mode, in which nothing can be trained."""
-    management = comfy.model_management
-    flag = getattr(management, "in_training", None)  # later hosts
-    try:
-        if flag is not None:
-            management.in_training = True
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        if flag is not None:
-            management.in_training = flag
-
-
-@contextlib.contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Some host code draws from torch's common generator. Inside it starts from `seed`; outside nobody notices."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def ordinary_(root: nn.Module) -> None:
-    """Replace parameters and buffers that were made under inference mode by equal ordinary ones, in place.
-
-    Autograd refuses to keep inference tensors for the backward pass. One tensor at a time, so little more memory is
-    needed; the values are the same bit for bit, so the new ones stay.
-    """
-    for module in root.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_inference():
-                module._parameters[name] = _ordinary_parameter(p)
-        for name, b in module._buffers.items():
-            if b is not None and type(b) is torch.Tensor and b.is_inference():
-                module._buffers[name] = b.detach().clone()
-
-
-def _ordinary_parameter(p: torch.Tensor) -> torch.Tensor:
-    """An equal parameter that autograd accepts. Packed numbers stay: what is unpacked from them is ordinary already."""
-    if type(p) is nn.Parameter:
-        return nn.Parameter(p.detach().clone(), requires_grad=False)
-    if hasattr(p, "_qdata") or not p.is_floating_point():
-        return p
-    # GGUF loaders wrap weights that are not quantised too, in a class that answers `clone` with the tensor itself.
-    out = p.as_subclass(torch.Tensor).clone().as_subclass(type(p))
-    out.__dict__.update(p.__dict__)
-    return out
-
-
-# --- what a run depends on ----------------------------------------------------------------------------------
-
-
-def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
-    """Up to `most` evenly spaced values of a tensor, as bytes."""
-    t = getattr(t, "_qdata", t)
-    t = t.detach() if type(t) in (torch.Tensor, nn.Parameter) else t.as_subclass(torch.Tensor)
-    flat = t.reshape(-1)
-    flat = flat[:: max(1, flat.numel() // most)][:most].contiguous().cpu()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _tensors(value: Any) -> Iterator[bytes]:
-    """Everything in a patch that changes what it does; not counters, which differ between equal patches."""
-    if isinstance(value, torch.Tensor):
-        yield str(tuple(value.shape)).encode() + _numbers(value)
-    elif isinstance(value, (float, str)):
-        yield str(value).encode()
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
-    elif hasattr(value, "weights"):
-        yield type(value).__name__.encode()
-        yield from _tensors(value.weights)
-
-
-def identity(patcher: Any) -> str:
-    """A short hash of a model with its patches: of names, shapes and some hundred values of every weight."""
-    seen = hashlib.sha256()
-    for key, value in sorted(patcher.model.state_dict().items()):
-        saved = patcher.backup.get(key)
-        value = value if saved is None else getattr(saved, "weight", value)
-        if value.is_meta:  # GGUF layers show a stand-in there
-            value = comfy.utils.get_attr(patcher.model, key)
-        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        if not value.is_meta:
-            seen.update(_numbers(value))
-    for key, patches in sorted(patcher.patches.items()):
-        for strength, value, strength_model, offset, *_ in patches:
-            seen.update(f"{key} {strength} {strength_model} {offset}".encode())
-            for part in _tensors(value):
-                seen.update(part)
-    return seen.hexdigest()[:32]
 
 
 # --- sampling -----------------------------------------------------------------------------------------------
@@ -207,6 +112,8 @@ class HostModel:
         self._conds: dict[tuple, dict[str, Any]] = {}
         self.objective: Objective | None = None
         self.index = None
+        self._store: Store | None = None
+        self._of_vae = self._of_clip = ""
 
     @property
     def net(self) -> nn.Module:
@@ -222,14 +129,16 @@ class HostModel:
 
     # --- pictures and texts ---
 
+    def keep_on_disk(self, store: Store, vae: str, clip: str) -> None:
+        """Take latents and embeddings from `store`, and put them there. vae, clip: identities of the two models."""
+        self._store, self._of_vae, self._of_clip = store, vae, clip
+
     def encode_pictures(self, of: TrainingSet, report: Callable[[int, int], None] | None = None) -> None:
         """Latents of every record in the model's own space, on the CPU, float32; and masks of their size."""
         for i, record in enumerate(of.records):
             image, mask = of.load(record)
-            # Some encoders draw their latents at random.
-            with own_randomness(0), torch.no_grad():
-                latent = self.vae.encode(image.unsqueeze(0)[..., :3])
-            latent = comfy.sample.fix_empty_latent_channels(self.patcher, latent.clone())
+            latent = self._latent_of(image.unsqueeze(0)[..., :3])
+            latent = comfy.sample.fix_empty_latent_channels(self.patcher, latent)
             self._check_channels(latent)
             latent = self.base.process_latent_in(latent).float().cpu()
             key = _place(record)
@@ -242,6 +151,22 @@ class HostModel:
                 self.masks[key] = small
             if report is not None:
                 report(i + 1, len(of.records))
+
+    def _latent_of(self, image: torch.Tensor) -> torch.Tensor:
+        """The VAE's own latent of an IMAGE (1, h, w, 3)."""
+        place = None
+        if self._store is not None:
+            how = [self._of_vae, str(getattr(self.vae, "vae_dtype", "")), str(self.device)]
+            place = self._store.path("latent", *how, fingerprint(image))
+            known = self._store.get(place)
+            if known is not None:
+                return known
+        # Some encoders draw their latents at random.
+        with own_randomness(0), torch.no_grad():
+            latent = self.vae.encode(image).clone()
+        if place is not None:
+            self._store.put(place, latent)
+        return latent
 
     def _check_channels(self, latent: torch.Tensor) -> None:
         wanted = self.base.latent_format.latent_channels
@@ -257,13 +182,27 @@ class HostModel:
         """Text embeddings of every different text, kept on the CPU."""
         with torch.no_grad():
             for text in dict.fromkeys(texts):
-                if text not in self._texts:
-                    cond = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text), show_pbar=False)
-                    self._texts[text] = _ordinary(cond)
+                if text in self._texts:
+                    continue
+                tokens = self.clip.tokenize(text)
+                place = self._place_of_text(tokens)
+                known = None if place is None else self._store.get(place)
+                if known is None:
+                    known = _ordinary(self.clip.encode_from_tokens_scheduled(tokens, show_pbar=False))
+                    if place is not None:
+                        self._store.put(place, known)
+                self._texts[text] = known
 
-    def drop_conds(self) -> None:
-        """Forget what was prepared from text embeddings."""
-        self._conds.clear()
+    def _place_of_text(self, tokens: Any) -> Path | None:
+        """Where the embedding of these tokens is kept; None if it may differ from run to run."""
+        hooks = self.clip.patcher.forced_hooks is not None or self.clip.apply_hooks_to_conds is not None
+        if self._store is None or self.train_encoders or hooks:
+            return None
+        try:
+            # Not the text: words of an embedding file are in the tokens as they are in that file.
+            return self._store.path("text", self._of_clip, str(self.clip.patcher.load_device), fingerprint(tokens))
+        except TypeError:
+            return None
 
     def _encode_with_gradient(self, text: str) -> list:
         """As ComfyUI encodes a prompt, with gradients through the text encoders."""
@@ -299,12 +238,22 @@ class HostModel:
             ordinary_(self.encoders)
 
     def bank(self, parts: Mapping[str, OFTConfig], seed: int) -> RotationBank:
-        """Rotations for `UNET` and, if named, `ENCODERS`. Raises ConfigError if nothing can be trained."""
-        models = {UNET: self.net, ENCODERS: self.encoders}
+        """Rotations for the named parts. Raises ConfigError if nothing can be trained."""
+        models = {UNET: self.net, ENCODERS: self.encoders, T5: self.encoders}
+        if T5 in parts and not any(is_t5_path(name.split("transformer.")[-1]) for name in self._encoder_names()):
+            raise ConfigError(
+                "This model has no T5 text encoder to train",
+                found=type(self.encoders).__name__,
+                expected="SD3 or Flux with its T5",
+                hint="Set t5_lr to 0, or load the T5 with the other text encoders.",
+            )
         chosen = {part: (models[part], config.select(models[part])) for part, config in parts.items()}
         for model, selection in chosen.values():
             _check_whole(model, selection.modules_to_save)
         return RotationBank(chosen, seed=seed, device=self.device, weight_of=self._weight_of)
+
+    def _encoder_names(self) -> Iterable[str]:
+        return (name for name, _ in self.encoders.named_modules())
 
     def _weight_of(self, module: nn.Module) -> torch.Tensor:
         """A convolution's weight as its forward would use it, patches of a partly loaded model included."""
@@ -375,7 +324,7 @@ class HostModel:
         return self.objective.from_denoised(denoised, noised)
 
     def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: list[dict[str, Any]]) -> torch.Tensor:
-        options = {"optimized_attention_override": _plain_attention}
+        options = {"optimized_attention_override": plain_attention}
         return self.base.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat(conds))
 
     def _cond(self, text: str, like: torch.Tensor, sigma: torch.Tensor) -> dict[str, Any]:
@@ -406,11 +355,11 @@ class HostModel:
         try:
             for root in roots:
                 handles += [
-                    m.register_forward_pre_hook(_copied_input)
+                    m.register_forward_pre_hook(copied_input)
                     for m in root.modules()
                     if "norm" in type(m).__name__.lower() and not isinstance(m, nn.GroupNorm)
                 ]
-            with _inputs_kept(blocks), checkpointing(blocks):
+            with inputs_kept(blocks), checkpointing(blocks):
                 yield
         finally:
             for handle in handles:
@@ -472,7 +421,7 @@ class HostModel:
         """
         layers: dict[str, LayerRotation] = {}
         beside: dict[str, Diff] = {}
-        prefix = {UNET: "diffusion_model.", ENCODERS: ""}
+        prefix = {UNET: "diffusion_model.", ENCODERS: "", T5: ""}
         for (part, module), pieces in bank.adapter_tensors(values).items():
             for piece in pieces:
                 place = layers if isinstance(piece.op, LayerRotation) else beside
@@ -494,30 +443,6 @@ class HostModel:
                 raise FormatError("A layer could not be read back", file=path, module=min(missing))
             return adapter, WRITERS[dialect].title
         raise FormatError("No file format can hold an adapter with these settings", found=" ".join(refused))
-
-
-def free_memory() -> None:
-    """Give memory back after a run that failed."""
-    gc.collect()
-    comfy.model_management.soft_empty_cache(True)
-
-
-@contextlib.contextmanager
-def memory_explained() -> Iterator[None]:
-    """Out of memory outside of the steps (encoding, loading, sampling) as a clear error."""
-    found = ""
-    try:
-        yield
-    except OUT_OF_MEMORY as error:
-        found = str(error).splitlines()[0]
-    if found:
-        # Raised out here so that the traceback does not keep the tensors alive.
-        free_memory()
-        raise TrainingError(
-            "Out of memory while the training was prepared or a sample was drawn",
-            found=found,
-            hint="Lower the resolution or the batch size, or set low_vram to 'offload'.",
-        )
 
 
 def _check_whole(model: nn.Module, names: Iterable[str]) -> None:
@@ -549,63 +474,6 @@ def _ordinary(value: Any) -> Any:
 
 def _fit_together(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a.keys() == b.keys() and all(a[k].can_concat(b[k]) for k in a)
-
-
-def _plain_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Faster kernels that a host may have chosen have no backward pass."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-def _copied_input(_: nn.Module, args: tuple) -> tuple:
-    """Host code adds to hidden states in place, which would destroy what a norm has kept of them."""
-    if torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
-        return (args[0].clone(), *args[1:])
-    return args
-
-
-@contextlib.contextmanager
-def _inputs_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Blocks work on copies of their inputs: some add to them in place, and computing such a block a second time
-    would then start from other numbers, without any error.
-    """
-
-    def kept(forward: Callable) -> Callable:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return forward(*map(_copy, args), **{k: _copy(v) for k, v in kwargs.items()})
-
-        return run
-
-    before = [(block, block.__dict__.get("forward")) for block in blocks]
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = kept(block.forward)
-        yield
-    finally:
-        for block, forward in before:
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.__dict__["forward"] = forward
-
-
-def _copy(value: Any) -> Any:
-    """Hidden states (batch, tokens, width) and (batch, channels, h, w), with or without gradient."""
-    hidden = isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.is_floating_point()
-    return value.clone() if hidden and torch.is_grad_enabled() else value
-
-
-def blocks_of(root: nn.Module) -> Sequence[nn.Module]:
-    """Modules to checkpoint: transformer and residual blocks, outermost first, none inside another."""
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in root.modules():
-        name = type(module).__name__
-        if id(module) in inside or not name.endswith(("Block", "StreamBlock", "CLIPLayer")):
-            continue
-        if not any(isinstance(m, nn.Linear) for m in module.modules()):
-            continue
-        found.append(module)
-        inside |= {id(m) for m in module.modules()}
-    return found
 
 
 def _prediction_of(sampling: Any) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..oft_core.training import ConfigError, OFTConfig, TrainSettings
 from ..oft_core.training.config import PRESETS as TARGETS
 from .dataset import TrainingSet
-from .train_host import ENCODERS, SamplePlan
+from .train_host import ENCODERS, T5, UNET, SamplePlan
 
 FAST = r"(.*\.)?(attn2\.to_[kv]|(img_attn|txt_attn|attn)\.qkv|single_blocks\.\d+\.linear1)"
+# What is trained of text encoders: the attention layers, as they are called in CLIP and in T5.
+ENCODER_TARGETS = {ENCODERS: "attention", T5: r"(.*\.)?SelfAttention\.[qkvo]"}
 PRESETS: dict[str, dict[str, Any]] = {
     "subject": {"target": "attention", "min_snr_gamma": 5.0, "caption_dropout": 0.0, "prior": "match"},
     "style": {"target": "attention+ff", "min_snr_gamma": 5.0, "caption_dropout": 0.1, "prior": "none"},
@@ -88,11 +90,27 @@ class Plan:
     prior: str
     class_pictures: int
     guidance: float
-    encoders: bool
+    encoders: tuple[str, ...]
     low_vram: str
     name: str
     resume: bool
     preset: str
+
+    def parts(self) -> dict[str, OFTConfig]:
+        """What is trained of each part. Choices of layers are for the diffusion model, and so are whole modules."""
+        own = {
+            "exclude_modules": None,
+            "conv_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "modules_to_save": None,
+        }
+        out = {UNET: self.oft}
+        for part in self.encoders:
+            # T5 has no biases; named here too, CLIP's would be trained twice.
+            bias = "none" if part == T5 else self.oft.bias
+            out[part] = replace(self.oft, target_modules=ENCODER_TARGETS[part], bias=bias, **own)
+        return out
 
     def fixed(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before."""
@@ -102,7 +120,7 @@ class Plan:
             "objective": self.objective,
             "prior": [self.prior, self.class_pictures] if self.prior == "pictures" else self.prior,
             "guidance": self.guidance,
-            "encoders": self.encoders,
+            "encoders": list(self.encoders),
             # Checkpointing repeats the same arithmetic; weights that are not merged do not.
             "offload": self.low_vram == "offload",
         }
@@ -155,7 +173,8 @@ def make_plan(
             found="none",
             hint="Write one into OFT Dataset, such as 'a photo of a dog', or set prior to none.",
         )
-    encoder_lr = run.get("text_encoder_lr", 0.0)
+    rates = {ENCODERS: run.get("text_encoder_lr", 0.0), T5: run.get("t5_lr", 0.0)}
+    rates = {part: lr for part, lr in rates.items() if lr}
     settings = TrainSettings(
         **{
             **given.train,
@@ -165,7 +184,7 @@ def make_plan(
             "sample_every": sample_every,
             "save_every": save_every,
             "prior": prior,
-            "part_lr": {ENCODERS: encoder_lr} if encoder_lr else {},
+            "part_lr": rates,
         }
     )
     prompts = tuple(p.strip() for p in sample_prompts.splitlines() if p.strip())
@@ -187,7 +206,7 @@ def make_plan(
         prior,
         run.get("class_pictures", 16),
         run.get("guidance", 1.0),
-        bool(encoder_lr),
+        tuple(rates),
         low_vram,
         name,
         resume,
@@ -228,6 +247,6 @@ def make_config(**given: Any) -> TrainConfig:
     run = {
         k: v
         for k, v in given.items()
-        if k in ("prior", "class_pictures", "text_encoder_lr", "guidance") or k.startswith("sample_")
+        if k in ("prior", "class_pictures", "text_encoder_lr", "t5_lr", "guidance") or k.startswith("sample_")
     }
     return TrainConfig(oft, train, objective, run)

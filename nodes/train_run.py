@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -19,33 +18,24 @@ import folder_paths
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
 
 from ..oft_core import Adapter, AdapterError, describe
 from ..oft_core.adapter import load_adapter
-from ..oft_core.training import ConfigError, Progress, Record, Trainer
+from ..oft_core.training import ConfigError, Progress, Record, Trainer, TrainingError
 from ..oft_core.training.checkpoint import saved_states
-from . import folders, train_host
+from . import folders, train_host, train_mode
 from .dataset import TrainingSet, from_pillow, to_pillow
 from .files import listed, new_file
-from .train_host import ENCODERS, UNET, HostModel, Stopped
+from .train_host import HostModel
+from .train_identity import identity
+from .train_mode import Stopped
 from .train_plan import Plan
+from .train_store import Store, digest, prune_runs, state_root
 
 log = logging.getLogger("oft")
 
 # Pictures that the node puts out at most; all are in the run's folder.
 MOST_SAMPLES = 64
-
-
-def state_root() -> Path:
-    """Where runs keep their state: a private folder of the user directory."""
-    own = getattr(folder_paths, "get_system_user_directory", None)
-    root = own("oft") if own else os.path.join(folder_paths.get_user_directory(), "__oft")
-    return Path(root) / "training"
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,21 +67,23 @@ class Run:
             vae,
             low_vram=plan.low_vram,
             guidance=plan.guidance,
-            train_encoders=plan.encoders,
+            train_encoders=bool(plan.encoders),
         )
         if not plan.samples.cfg:
             samples = dataclasses.replace(plan.samples, cfg=self.host.usual_cfg)
             self.plan = dataclasses.replace(plan, samples=samples)
         self.identity = {
-            "model": train_host.identity(model),
-            "clip": f"{train_host.identity(clip.patcher)} {clip.layer_idx}",
-            "vae": train_host.identity(vae.patcher),
+            "model": identity(model),
+            "clip": f"{identity(clip.patcher)} {clip.layer_idx}",
+            "vae": identity(vae.patcher),
             "pictures": dataset.digest,
         }
         # Also depends on nodes before this one that change how the model samples.
         self.objective = self.host.make_objective(**plan.objective)
         self.key = digest({**plan.fixed(), **self.identity, "found": self.objective.fingerprint()})
         self.folder = state_root() / self.key
+        self.store = Store(state_root() / "cache")
+        self.host.keep_on_disk(self.store, self.identity["vae"], self.identity["clip"])
         self.pictures: list[torch.Tensor] = []
         self.sample_files: list[str] = []
         self.bar = comfy.utils.ProgressBar(plan.settings.steps, node_id=node_id)
@@ -138,25 +130,15 @@ class Run:
                 old.unlink()
         self.path = self._file()
         plan, host_model = self.plan, self.host
-        with train_host.memory_explained():
+        with train_mode.memory_explained():
             self._say("Encoding pictures and captions")
             host_model.encode_pictures(self.dataset)
             texts = [r.caption for r in self.dataset.records]
             host_model.encode_texts([*texts, "", self.dataset.class_prompt, *plan.samples.prompts])
             class_records = self._class_records()
+            self.store.prune()
             host_model.load(plan.settings.batch_size)
-            parts = {UNET: plan.oft}
-            if plan.encoders:
-                parts[ENCODERS] = dataclasses.replace(
-                    plan.oft,
-                    target_modules="attention",
-                    exclude_modules=None,
-                    conv_modules=None,
-                    layers_to_transform=None,
-                    layers_pattern=None,
-                    modules_to_save=None,
-                )
-            bank = host_model.bank(parts, plan.settings.seed)
+            bank = host_model.bank(plan.parts(), plan.settings.seed)
         with tempfile.TemporaryDirectory(prefix="oft") as scratch:
             # A run whose result no file can hold must not begin.
             host_model.write(bank, None, os.path.join(scratch, "probe.safetensors"), {})
@@ -185,14 +167,14 @@ class Run:
         except Stopped:
             self._keep_what_there_is("stopped")
             raise
-        except train_host.TrainingError:
-            train_host.free_memory()
+        except TrainingError:
+            train_mode.free_memory()
             raise
         if not result.losses:
             raise ConfigError("Nothing was trained")
         # The file first: a stop or a lack of memory in the last samples must not cost it.
         adapter = self._write(self.path)
-        with train_host.memory_explained(), bank.installed(), bank.evaluation(trainer.values()):
+        with train_mode.memory_explained(), bank.installed(), bank.evaluation(trainer.values()):
             self._sample(trainer.step, None)
         report = self._report(adapter, time.monotonic() - began)
         samples = torch.cat(self.pictures[-MOST_SAMPLES:])
@@ -227,19 +209,15 @@ class Run:
         size, plan = self.dataset.main_bucket, self.plan.samples
         wanted = [self.identity["model"], self.identity["clip"], prompt, count, size, self.plan.settings.seed]
         wanted += [plan.steps, plan.cfg, plan.sampler, plan.scheduler, plan.negative]
-        cache = state_root() / "class" / f"{digest(wanted)}.safetensors"
-        if cache.is_file():
-            latents = load_file(cache)["latents"]
-        else:
+        place = self.store.path("class", *wanted)
+        latents = self.store.get(place)
+        if latents is None:
             drawn = []
             for i in range(count):
                 self._say(f"Drawing class picture {i + 1} of {count}")
                 drawn.append(self.host.sample_latent(prompt, plan, size, self.plan.settings.seed + i))
             latents = self.host.base.process_latent_in(torch.cat(drawn)).float().cpu().contiguous()
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            part = cache.with_suffix(".part")
-            save_file({"latents": latents}, part)
-            os.replace(part, cache)
+            self.store.put(place, latents)
         records = [Record(f"class {i}", prompt, size, role="class") for i in range(count)]
         for record, latent in zip(records, latents, strict=True):
             place = train_host._place(record)
@@ -354,6 +332,12 @@ class Run:
             lines.append(selection.report())
         lines += trainer.notes
         lines += self.dataset.notes
+        if self.store.found:
+            lines.append(
+                f"Latents, captions and class pictures: {self.store.found} sets from earlier runs, "
+                f"{self.store.made} made now."
+            )
+        lines.append(prune_runs(state_root(), self.folder))
         lines.append(f"File: {listed(self.path)} ({self.dialect})")
         lines.append(describe(adapter, adapter.bind(self.host.index)).to_text())
         return "\n".join(line for line in lines if line)

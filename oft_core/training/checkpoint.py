@@ -26,8 +26,7 @@ def save_state(folder: Path, step: int, state: Mapping[str, object], fingerprint
     Raises StateError if the disk does not take it; earlier states stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    plain = _encode(state, "", tensors)
+    plain, tensors = to_tensors(state)
     header = {"format": _FORMAT, "step": str(step), "state": json.dumps(plain), "fingerprint": json.dumps(dict(fingerprint))}
     final = folder / f"state-{step:08d}.safetensors"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
@@ -80,7 +79,7 @@ def load_state(path: Path, fingerprint: Mapping[str, object] | None = None) -> t
             raise StateError("This file is not a training state", file=path, expected=_FORMAT, found=header.get("format"))
         plain, theirs = json.loads(header["state"]), json.loads(header["fingerprint"])
         step = int(header["step"])
-        state = _decode(plain, tensors)
+        state = from_tensors(plain, tensors)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _Damaged("The training state is damaged", file=path, found=str(error)) from error
     if fingerprint is not None:
@@ -105,6 +104,20 @@ def check_fingerprint(saved: Mapping[str, object], wanted: Mapping[str, object],
 
 class _Damaged(StateError):
     """A state file that cannot be read."""
+
+
+def to_tensors(value: object) -> tuple[object, dict[str, Tensor]]:
+    """Nested dicts, lists, tuples, tensors and plain values -> (JSON-ready value that names the tensors, the tensors on the CPU).
+
+    Raises TypeError for anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _encode(value, "", tensors), tensors
+
+
+def from_tensors(plain: object, tensors: Mapping[str, Tensor]) -> object:
+    """The value of which ``to_tensors`` made this. Raises KeyError or ValueError if it does not fit together."""
+    return _decode(plain, tensors)
 
 
 def _encode(value: object, name: str, tensors: dict[str, Tensor]) -> object:

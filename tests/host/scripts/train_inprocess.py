@@ -11,7 +11,9 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -61,9 +63,12 @@ if "comfyui_oft" in sys.modules:
         folders,
         host,
         save,
+        train_blocks,
         train_host,
+        train_mode,
         train_plan,
         train_run,
+        train_store,
     )
     from comfyui_oft.oft_core import AdapterError, Diff, Strength
     from comfyui_oft.oft_core.errors import FormatError
@@ -133,13 +138,13 @@ def a_run(family="sd15", of=None, of_parts=None, config=None, **knobs):
     """A Run as the node makes it."""
     of = of or a_set()
     config = train_plan.make_config(**{"sample_steps": 2, "sample_cfg": 1.0, **(config or {})})
-    with train_host.training_mode():
+    with train_mode.training_mode():
         plan = train_plan.make_plan(dataset=of, config=config, **{**KNOBS, **knobs})
         return train_run.Run(plan, of, *(of_parts or parts(family)), None)
 
 
 def go(run):
-    with torch.inference_mode(), train_host.training_mode():
+    with torch.inference_mode(), train_mode.training_mode():
         return run()
 
 
@@ -167,7 +172,7 @@ def replaced(owner, name, value):
 
 def fixed_loss(run, values, weight_seed=77):
     """Mean error over a fixed batch: same pictures, noise and levels, rotations `values`."""
-    with train_host.training_mode(), torch.no_grad(), run.bank.installed(), run.bank.evaluation(values):
+    with train_mode.training_mode(), torch.no_grad(), run.bank.installed(), run.bank.evaluation(values):
         total = 0.0
         for k in range(8):
             record = list(run.dataset.records)[k % len(run.dataset.records)]
@@ -238,7 +243,7 @@ def family_trains(family, config=None, of_parts=None, prediction=None, learning_
     was, now = fixed_loss(run, zeros(run.bank)), fixed_loss(run, None)
     assert now < was - 0.02 * was, f"loss on a fixed batch: {was:.4f}, then {now:.4f}"
     # The file gives the trained pictures in the ordinary way: weights merged, core's sampler.
-    with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+    with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
         adapter = folders.read(outcome.name)
         applied = host.apply(adapter, model, None, Strength(1.0), Strength(1.0)).model
         other = train_host.HostModel(applied, *(of_parts or parts(family))[1:])
@@ -432,7 +437,7 @@ def half_precision_bases_train():
         full = a_run(family, steps=30, learning_rate=0.03)
         for a, b in zip(outcome.losses, go(full).losses, strict=True):
             assert abs(a - b) < 0.1 * b, (family, dtype, outcome.losses, full.trainer.losses)
-        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+        with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
             applied = host.apply(outcome.adapter, model, None, Strength(1.0), Strength(1.0)).model
             plan = run.plan.samples
             sampled = [
@@ -480,7 +485,7 @@ def gguf_base_trains():
             assert type(now_there) is type(p), name
             assert (now_there.as_subclass(torch.Tensor).numpy() == before).all(), f"{name} has changed"
         # The file on the same packed model gives the trained pictures.
-        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+        with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
             applied = host.apply(outcome.adapter, model, None, Strength(1.0), Strength(1.0)).model
             other = train_host.HostModel(applied, *of_parts[1:])
             plan = run.plan.samples
@@ -542,6 +547,8 @@ def core_reads_what_is_written_for_it():
             if dialect == "kohya" and (family in ("sd35", "flux") or "conv_modules" in extra):
                 continue
             encoder = {"text_encoder_lr": 0.02} if dialect != "kohya" else {}
+            if encoder and family == "flux":
+                encoder["t5_lr"] = 0.02
             fresh_user()
             # LyCORIS knows only blocks that are at most as large as they are many.
             config = {"side": "output", **encoder, **more}
@@ -558,6 +565,7 @@ def core_reads_what_is_written_for_it():
             got, missed = merged_by_core(model, clip, folders.find(written))
             turned = [k for k in plain if not torch.equal(want[k], plain[k])]
             assert len(turned) > 10 and bool(encoder) == any("text_model" in k for k in turned)
+            assert ("t5_lr" in encoder) == any("SelfAttention" in k for k in turned)
             if dialect == "kohya":
                 # Their prefix is not one of core's, so it reads nothing of them (ours does).
                 assert len(missed) == len(load_file(folders.find(written)))
@@ -584,7 +592,7 @@ def checkpointing_changes_nothing():
             run = a_run(family, low_vram=low_vram, config={"prior": "none"})
             outcome = go(run)
             losses.append((outcome.losses, learnt(outcome)))
-        blocks = train_host.blocks_of(run.host.net)
+        blocks = train_blocks.blocks_of(run.host.net)
         assert len(blocks) >= 2, [type(b).__name__ for b in blocks]
         # Gradients of values that are used twice are added in another order.
         for one, other in zip(losses[0][0], losses[1][0], strict=True):
@@ -634,7 +642,7 @@ def captions_of_a_batch_are_not_combined():
     of = a_set(captions=["a red cat", "a long story of a blue dog " * 20])
     for family in ("sd15", "sdxl", "flux"):
         run = a_run(family, of)
-        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+        with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
             run.host.encode_pictures(of)
             run.host.encode_texts([*(r.caption for r in of.records), ""])
             run.host.load()
@@ -674,7 +682,7 @@ def the_network_sees_the_noised_latent():
     for family in ("sd15", "sd3", "flux"):
         run = a_run(family)
         seen = []
-        with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+        with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
             run.host.encode_pictures(run.dataset)
             run.host.encode_texts([r.caption for r in run.dataset.records])
             run.host.load()
@@ -693,7 +701,7 @@ def the_network_sees_the_noised_latent():
 @check
 def latents_pass_process_latent_in():
     run = a_run("flux")
-    with torch.inference_mode(), train_host.training_mode(), torch.no_grad():
+    with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
         run.host.encode_pictures(run.dataset)
         image, _ = run.dataset.load(run.dataset.records[0])
         raw = run.host.vae.encode(image.unsqueeze(0))
@@ -711,8 +719,9 @@ def random_latents_are_the_same_again():
         runs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
+            fresh_user()
             runs.append(a_run())
-            with torch.inference_mode(), train_host.training_mode():
+            with torch.inference_mode(), train_mode.training_mode():
                 runs[-1].host.encode_pictures(runs[-1].dataset)
     same(*(dict(enumerate(r.host.latents.values())) for r in runs))
 
@@ -743,7 +752,7 @@ def masked_parts_do_not_count():
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :16] = 1
     run = a_run(of=a_set(pictures=[base], masks=[mask]))
-    with torch.inference_mode(), train_host.training_mode():
+    with torch.inference_mode(), train_mode.training_mode():
         run.host.encode_pictures(run.dataset)
     loaded = run.host.load_batch([run.dataset.records[0]])
     assert (
@@ -767,8 +776,8 @@ def class_is_kept():
     of = a_set(class_prompt="a photo of a dog")
     run = a_run(of=of, config={"prior": "pictures", "class_pictures": 2}, steps=3)
     with_pictures = go(run)
-    cached = list((train_run.state_root() / "class").iterdir())
-    assert len(cached) == 1 and load_file(cached[0])["latents"].shape == (2, 4, 8, 8)
+    shapes = [tuple(t.shape) for p in run.store.folder.iterdir() for t in load_file(p).values()]
+    assert shapes.count((2, 4, 8, 8)) == 1, shapes
     drawn = []
     sample = train_host.HostModel.sample_latent
     with replaced(train_host.HostModel, "sample_latent", lambda *a: drawn.append(a[1]) or sample(*a)):
@@ -799,6 +808,33 @@ def text_encoders_train():
         assert "te1" in applied.report.lower() or "text" in applied.report.lower()
 
 
+@check
+def t5_trains():
+    """T5 with its own learning rate, alone and beside CLIP; its layers are in the file and act."""
+    for family, config in (("sd3", {"t5_lr": 0.03}), ("flux", {"t5_lr": 0.03, "text_encoder_lr": 0.01})):
+        fresh_user()
+        clip = parts(family)[1]
+        before = state(clip.patcher)
+        # The diffusion model as good as stands still: whatever falls is the encoders' work.
+        run = a_run(family, steps=12, learning_rate=1e-7, config=config, low_vram="checkpointing")
+        outcome = go(run)
+        same(before, state(clip.patcher))
+        untouched(clip.cond_stage_model)
+        groups = run.bank.groups()
+        assert set(groups) == {"unet", "t5"} | ({"te"} if "text_encoder_lr" in config else set())
+        assert min(float(p.detach().abs().max()) for p in groups["t5"]) > 0.01
+        was, now = fixed_loss(run, zeros(run.bank)), fixed_loss(run, None)
+        assert now < was - 0.002 * was, f"{family}: {was:.5f}, then {now:.5f}"
+        assert "te3" in outcome.adapter.components and ("te1" in outcome.adapter.components) == ("te" in groups)
+        with torch.inference_mode():
+            turned = merged(
+                host.apply(outcome.adapter, *parts(family)[:2], Strength(1.0), Strength(1.0)).clip.patcher
+            )
+        moved = [k for k in before if k in turned and not torch.equal(turned[k], before[k])]
+        assert sum("SelfAttention" in k for k in moved) == 12, moved
+    raises(ConfigError, lambda: go(a_run("sd15", config={"t5_lr": 0.01})), "T5", "t5_lr")
+
+
 # --- stop, resume, errors -----------------------------------------------------------------------------------
 
 
@@ -808,7 +844,7 @@ def stopped_at(step):
 
     def hook(value, total, preview, node_id=None):
         if value == step:
-            raise train_host.Stopped
+            raise train_mode.Stopped
 
     with replaced(comfy.utils, "PROGRESS_BAR_HOOK", hook):
         yield
@@ -827,7 +863,7 @@ def stop_keeps_the_work_and_resume_is_exact():
         try:
             go(run)
             raise AssertionError("not stopped")
-        except train_host.Stopped:
+        except train_mode.Stopped:
             pass
     same(before, state(model))
     untouched(model.model)
@@ -847,14 +883,14 @@ def stop_in_the_middle_of_a_step():
     fresh_user()
     whole = go(a_run(steps=5))
     fresh_user()
-    attention = train_host.comfy.ldm.modules.attention
+    attention = train_blocks.comfy.ldm.modules.attention
     count = 0
 
     def sometimes(*args, **kwargs):
         nonlocal count
         count += 1
         if count == 35:
-            raise train_host.Stopped
+            raise train_mode.Stopped
         return before(*args, **kwargs)
 
     run = a_run(steps=5)
@@ -862,7 +898,7 @@ def stop_in_the_middle_of_a_step():
         try:
             go(run)
             raise AssertionError("not stopped")
-        except train_host.Stopped:
+        except train_mode.Stopped:
             pass
     assert 0 < run.trainer.step < 5
     untouched(run.host.base)
@@ -976,6 +1012,128 @@ def same_inputs_do_not_train_again():
         with torch.inference_mode():
             twice = host.apply(first.adapter, parts("sd15")[0], None, Strength(1.0), Strength(1.0)).model
         assert a_run(of_parts=(twice, *parts("sd15")[1:])).key in keys
+
+
+@contextlib.contextmanager
+def counted(*places):
+    """How often each of the functions (owner, name) is called."""
+    counts = [0] * len(places)
+    with contextlib.ExitStack() as stack:
+        for i, (owner, name) in enumerate(places):
+            function = getattr(owner, name)
+
+            def call(*args, i=i, function=function, **options):
+                counts[i] += 1
+                return function(*args, **options)
+
+            stack.enter_context(replaced(owner, name, call))
+        yield counts
+
+
+@check
+def latents_and_embeddings_are_kept_for_later_runs():
+    """By content: other pictures, captions, VAEs or text encoders are encoded anew; the same ones never again."""
+    fresh_user()
+    model, clip, vae = parts("sd15")
+    encoder = clip.cond_stage_model
+    with counted((vae, "encode"), (encoder, "encode_token_weights")) as counts:
+        first = go(a_run(steps=3))
+        assert counts == [2, 2], counts  # two pictures; one caption and the empty one
+        second = a_run(steps=4)
+        outcome = go(second)
+        assert counts == [2, 2], "encoded again"
+        assert second.store.found == 4 and "4 sets from earlier runs" in outcome.report
+        assert outcome.losses[:3] == first.losses, "what is kept is not what was made"
+        some = torch.cat([pictures(1), pictures(1, seed=5)])
+        go(a_run(of=a_set(pictures=[some]), steps=3))
+        assert counts == [3, 2], counts
+        go(a_run(of=a_set(pictures=[some], trigger="sks", flips=True), steps=3))
+        assert counts == [5, 3], counts
+        with torch.inference_mode():
+            other = families.make_vae("sd15", seed=1)
+            skipping = clip.clone()
+            skipping.clip_layer(-2)
+        go(a_run(of_parts=(model, clip, other), steps=3))
+        assert counts[1] == 3
+        go(a_run(of_parts=(model, skipping, vae), steps=3))
+        assert counts == [5, 5], counts
+        # Trained text encoders change, so nothing of them is kept.
+        made = set(second.store.folder.iterdir())
+        go(a_run(steps=3, config={"text_encoder_lr": 0.01}, sample_every=1))
+        assert set(second.store.folder.iterdir()) == made
+        # A damaged file is made again.
+        for path in made:
+            path.write_bytes(path.read_bytes()[:40])
+        count = counts[0]
+        assert go(a_run(steps=5)).losses[:3] == first.losses and counts[0] == count + 2
+    assert not list(second.store.folder.glob("*.part"))
+
+
+@check
+def the_cache_stays_within_its_limit():
+    fresh_user()
+    folder = train_store.state_root() / "cache"
+    store = train_store.Store(folder, limit=10**9)
+    value = [[torch.randn(10, 100), {"pooled_output": None, "n": 3, "x": (torch.ones(2), "a")}]]
+    for i in range(5):
+        path = store.path("text", i)
+        store.put(path, value)
+        os.utime(path, (1e9 + i, 1e9 + i))
+    again = train_store.Store(folder, limit=2 * path.stat().st_size)
+    back = again.get(store.path("text", 1))  # now used last
+    assert torch.equal(back[0][0], value[0][0]) and back[0][1]["n"] == 3 and back[0][1]["x"][1] == "a"
+    (folder / "x.part").write_bytes(b"")
+    assert again.prune() == 3 * path.stat().st_size
+    assert {p for p in folder.glob("*.safetensors")} == {store.path("text", i) for i in (1, 4)}
+    tight = train_store.Store(folder, limit=0)
+    tight.get(store.path("text", 1))
+    tight.prune()
+    assert [p for p in folder.glob("*.safetensors")] == [store.path("text", 1)], "a run lost what it uses"
+    raises(TypeError, lambda: train_store.fingerprint([object()]), "object")
+
+
+@check
+def old_runs_are_removed_and_unfinished_ones_stay():
+    fresh_user()
+    root, day = train_store.state_root(), 86400
+    now = time.time()
+
+    def run(name, age, states=(), results=(), below=()):
+        folder = root / name.ljust(24, "0")
+        (folder / "9 steps").mkdir(parents=True)
+        for step in states:
+            (folder / f"state-{step:08d}.safetensors").write_bytes(b"x" * 1000)
+        for step in below:
+            (folder / "9 steps" / f"state-{step:08d}.safetensors").write_bytes(b"x")
+        for step in results:
+            train_run.write_json(folder / f"result-{step}.json", {"steps": step})
+        for path in folder.rglob("*"):
+            os.utime(path, (now - age * day,) * 2)
+        return folder
+
+    done = [run(f"a{i}", age=40 + i, states=(5, 10), results=(10,)) for i in range(4)]
+    more = run("b0", age=10, states=(10, 15), results=(10,))  # stopped on the way to more steps
+    shorter = run("b1", age=10, states=(20,), results=(20,), below=(4,))
+    young, old = run("c0", age=29, states=(3,)), run("c1", age=31, states=(3,))
+    current = run("d0", age=90, states=(3,))
+    for name in ("class", "cache", "notes of mine"):
+        (root / name).mkdir()
+    said = train_store.prune_runs(root, current, keep=2, days=30)
+    left = {p for p in root.iterdir() if len(p.name) == 24}
+    assert left == {*done[:2], more, shorter, young, current}, sorted(p.name for p in left)
+    assert old not in left and "3 earlier runs" in said, said
+    assert {"class", "cache", "notes of mine"} < {p.name for p in root.iterdir()}
+    # Runs of the node themselves count as finished or not in the same way, and the report says what went.
+    fresh_user()
+    with replaced(train_store.prune_runs, "__defaults__", (2, 30)):
+        names = [go(a_run(steps=2, seed=seed)) for seed in range(3)]
+        with stopped_at(1), contextlib.suppress(train_mode.Stopped):
+            go(a_run(steps=2, seed=9))
+        last = go(a_run(steps=2, seed=4))
+    kinds = [run.finished for run in train_store.past_runs(train_store.state_root())]
+    assert kinds.count(True) == 2 + 1 and kinds.count(False) == 1, kinds
+    assert "earlier runs" in last.report and "Removed" not in names[0].report
+    assert all(Path(one.adapter.path).is_file() for one in names), "an adapter was removed"
 
 
 @check

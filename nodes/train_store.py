@@ -1,0 +1,186 @@
+"""What training keeps on disk between runs: latents and embeddings that do not change, and folders of old runs; and how much of it.
+
+Everything lies in the user folder. What was used longest ago goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfyui_version import __version__ as host_version
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
+
+log = logging.getLogger("oft")
+
+# Size of the cache of latents, embeddings and class pictures, in bytes.
+CACHE_BYTES = 2 << 30
+# Completed runs that are kept, and days for which a run that can go on is kept.
+KEPT_RUNS, KEPT_DAYS = 10, 30
+FORMAT = "oft training cache 1"
+RESULT = "result-*.json"
+
+
+def state_root() -> Path:
+    """Where runs keep their state: a private folder of the user directory."""
+    own = getattr(folder_paths, "get_system_user_directory", None)
+    root = own("oft") if own else os.path.join(folder_paths.get_user_directory(), "__oft")
+    return Path(root) / "training"
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain values; for other things, of their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def fingerprint(value: Any) -> Any:
+    """Plain values and tensors in nested lists and dicts, with a hash of all its bytes for each tensor.
+
+    Raises TypeError for anything else, since it may change without its text changing.
+    """
+    if isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
+    if isinstance(value, dict):
+        return {str(k): fingerprint(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [fingerprint(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"no fingerprint of a {type(value).__name__}")
+
+
+class Store:
+    """Values by key, one file each, in `folder`. A damaged file is made again; a full disk only costs the time that it saves.
+
+    found, made: how many values were read, and how many were new, since the store was opened.
+    """
+
+    def __init__(self, folder: Path, limit: int | None = None):
+        self.folder, self.limit = folder, CACHE_BYTES if limit is None else limit
+        self.found = self.made = 0
+        self._used: set[Path] = set()
+
+    def path(self, *key: Any) -> Path:
+        """The file of a key: plain values that say all that the value depends on, host and versions aside."""
+        return self.folder / f"{digest([FORMAT, host_version, torch.__version__, *key])}.safetensors"
+
+    def get(self, path: Path) -> Any | None:
+        """The value, or None if it is not there."""
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as f:
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+                value = from_tensors(json.loads((f.metadata() or {})["value"]), tensors)
+            os.utime(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            log.warning("OFT: %s in the training cache cannot be read and is made again: %s", path.name, error)
+            return None
+        self.found += 1
+        self._used.add(path)
+        return value
+
+    def put(self, path: Path, value: Any) -> None:
+        """Keep a value: nested lists, tuples and dicts of tensors and plain values."""
+        self.made += 1
+        self._used.add(path)
+        plain, tensors = to_tensors(value)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, metadata={"value": json.dumps(plain)})
+            os.replace(part, path)
+        except (SafetensorError, OSError) as error:
+            part.unlink(missing_ok=True)
+            log.warning("OFT: the training cache could not be written: %s", error)
+
+    def prune(self) -> int:
+        """Delete what was used longest ago until the limit is kept; what this run uses stays. Returns the bytes freed."""
+        if not self.folder.is_dir():
+            return 0
+        for rest in self.folder.glob("*.part"):
+            if time.time() - rest.stat().st_mtime > 3600:
+                rest.unlink(missing_ok=True)  # left by a kill
+        files = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*.safetensors"))
+        total, freed = sum(size for _, size, _ in files), 0
+        for _, size, path in files:
+            if total - freed <= self.limit:
+                break
+            if path not in self._used:
+                path.unlink(missing_ok=True)
+                freed += size
+        return freed
+
+
+@dataclass(frozen=True)
+class Past:
+    """One folder of an earlier run. finished: its newest state is a completed run's; else it can be gone on with."""
+
+    folder: Path
+    finished: bool
+    last_used: float
+    size: int
+
+
+def past_runs(root: Path) -> list[Past]:
+    """The folders of all runs, newest first. Other folders in `root` are not looked at."""
+    out = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if not (folder.is_dir() and re.fullmatch(r"[0-9a-f]{24}", folder.name)):
+            continue
+        files = [(p, p.stat()) for p in folder.rglob("*") if p.is_file()]
+        complete = {_steps_of(p) for p in folder.glob(RESULT)}
+        open_ends = [
+            states[0]
+            for place in (folder, *(p for p in folder.iterdir() if p.is_dir()))
+            if (states := saved_states(place)) and int(states[0].stem.rpartition("-")[2]) not in complete
+        ]
+        used = max((s.st_mtime for _, s in files), default=folder.stat().st_mtime)
+        finished = bool(complete) and not open_ends
+        out.append(Past(folder, finished, used, sum(s.st_size for _, s in files)))
+    return sorted(out, key=lambda run: run.last_used, reverse=True)
+
+
+def _steps_of(result: Path) -> int | None:
+    try:
+        return json.loads(result.read_text("utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def prune_runs(root: Path, current: Path, keep: int = KEPT_RUNS, days: float = KEPT_DAYS) -> str:
+    """Delete finished runs beyond the newest `keep`, and unfinished ones unused for `days`. Returns a sentence, or "".
+
+    A run that can go on and is younger is never deleted, nor is `current`.
+    """
+    oldest = time.time() - days * 86400
+    runs = past_runs(root)
+    finished = [run for run in runs if run.finished]
+    gone = [*finished[keep:], *(run for run in runs if not run.finished and run.last_used < oldest)]
+    freed, count, failed = 0, 0, ""
+    for run in gone:
+        if run.folder == current:
+            continue
+        try:
+            shutil.rmtree(run.folder)
+        except OSError as error:
+            failed = f" {run.folder.name} could not be removed: {error}."
+            continue
+        freed, count = freed + run.size, count + 1
+    if not count:
+        return failed.strip()
+    return f"Removed what {count} earlier runs had kept ({freed / 2**20:.0f} MiB).{failed}"
