@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from pathlib import Path
 
 import comfy.model_management
 import folder_paths
@@ -76,6 +78,27 @@ class TinySaveWeights:
         return {"ui": {"text": [json.dumps({"path": path, "count": len(chosen)})]}}
 
 
+class TinyPacked:
+    """Stands in for a GGUF loader: a tiny model whose linear weights are packed as in a GGUF file."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"family": (list(families.IN_MEMORY),)}}
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "_for_testing/tiny"
+
+    def load(self, family):
+        # The folder is linked into the host; the stand-in lies with the tests that share it.
+        scripts = Path(__file__).resolve().parents[2] / "tests" / "host" / "scripts"
+        if str(scripts) not in sys.path:
+            sys.path.append(str(scripts))
+        import gguf_layers
+
+        return (gguf_layers.make_model(families, family)[0],)
+
+
 class TinyLoraStack:
     """Stands in for other packs' LoRA stackers: a list of (name, strength_model, strength_clip) from JSON."""
 
@@ -111,10 +134,12 @@ class TinyShowLoraStack:
 NODE_CLASS_MAPPINGS = {
     "Tiny_Checkpoint": TinyCheckpoint,
     "Tiny_SaveWeights": TinySaveWeights,
+    "Tiny_Packed": TinyPacked,
     "Tiny_LoraStack": TinyLoraStack,
     "Tiny_ShowLoraStack": TinyShowLoraStack,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "Tiny_Packed": "Tiny Packed Model (test)",
     "Tiny_LoraStack": "LoRA Stack (test)",
     "Tiny_ShowLoraStack": "Show LoRA Stack (test)",
     "Tiny_Checkpoint": "Tiny Checkpoint (test)",
