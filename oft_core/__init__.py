@@ -1,9 +1,11 @@
 """Read, understand and apply Orthogonal Fine-Tuning adapters of every dialect. Needs torch, safetensors and numpy only."""
 
 from .adapter import Adapter, Binding, Entry, Patch, load_adapter, read_tensors
+from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Constraint, Strength
 from .errors import (
     AdapterError,
+    BlockError,
     FileError,
     FormatError,
     ModelMismatch,
@@ -20,8 +22,8 @@ from .report import Report, describe
 
 __version__ = "0.1.0"
 __all__ = [
-    "COFT_CHOICES", "MODES", "Adapter", "AdapterError", "Binding", "Built", "Constraint", "Diff", "Entry", "FileError",
-    "FormatError", "LayerRotation", "ModelMismatch", "NameIndex", "Patch", "ReadOptions", "Report", "ShapeError", "StackError",
-    "Strength", "StrengthError", "Target", "ValueFault", "build_all", "component", "describe", "guess_family", "load_adapter",
-    "merge_file", "read_tensors",
+    "COFT_CHOICES", "MODES", "Adapter", "AdapterError", "Binding", "BlockError", "BlockWeights", "Built", "Constraint",
+    "Diff", "Entry", "FileError", "FormatError", "LayerRotation", "ModelMismatch", "NameIndex", "Patch", "ReadOptions",
+    "Report", "ShapeError", "StackError", "Strength", "StrengthError", "Target", "ValueFault", "build_all", "component",
+    "describe", "guess_family", "load_adapter", "merge_file", "read_tensors",
 ]

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .block_weights import BlockWeights
 from .constraint import Strength
 from .errors import FileError, FormatError, ModelMismatch, ValueFault
 from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, group, reader, what_is_it
@@ -105,7 +106,10 @@ class Binding:
 
 @dataclass
 class Adapter:
-    """Everything that a file holds, in one convention whatever wrote it."""
+    """Everything that a file holds, in one convention whatever wrote it.
+
+    blocks: factors on the strength by block of the model, chosen by the user; None: the same everywhere.
+    """
 
     path: str
     name: str
@@ -116,6 +120,7 @@ class Adapter:
     notes: list[str]
     entries: dict[str, Entry]
     unknown: list[str] = field(default_factory=list)
+    blocks: BlockWeights | None = None
 
     @property
     def components(self) -> list[str]:

@@ -6,8 +6,10 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .adapter import load_adapter
+from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Strength
 from .errors import AdapterError
 from .formats import ReadOptions
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--strength", type=float, default=1.0, metavar="S")
     merge.add_argument("--mode", choices=MODES, default="rotation")
     merge.add_argument("--coft", default="file", metavar="|".join((*COFT_CHOICES, "DEGREES")))
+    merge.add_argument("--blocks", default="", metavar="TEXT", help="strength by block, for instance 'all=0, output.3-5=1'")
     merge.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of every floating-point tensor in OUT")
     merge.set_defaults(run=_merge)
     return parser
@@ -67,6 +70,8 @@ def _inspect(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     strength = Strength(args.strength, args.mode, args.coft)
     adapter = load_adapter(args.adapter, _options(args))
+    if args.blocks.strip():
+        adapter = replace(adapter, blocks=BlockWeights.parse(args.blocks))
     bar = _Bar() if sys.stderr.isatty() else None
     binding = merge_file(adapter, args.base, args.output, strength, dtype=args.dtype, progress=bar)
     print(f"{adapter.title} ({adapter.dialect}): {len(binding.matched)} of {len(adapter.entries)} layers merged into {args.output}")

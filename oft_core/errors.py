@@ -77,3 +77,7 @@ class StrengthError(AdapterError):
 
 class StackError(AdapterError):
     """These adapters cannot be averaged into one."""
+
+
+class BlockError(AdapterError):
+    """A text of block strengths that cannot be read, or that names blocks which do not exist."""

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter import Adapter, Binding, Patch
+from .block_weights import factors
 from .blocks import row_norms, store_
 from .constraint import Strength
 from .errors import FileError
@@ -30,6 +31,10 @@ _NAMES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
 _CODES = {dtype: code for code, dtype in _NAMES.items()}
+
+
+#: One change of a tensor and its strength.
+Job = tuple[Patch, Strength]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def merge_file(
 ) -> Binding:
     """Write ``base`` with the adapter's influence to ``out``; returns what was placed.
 
-    base: any safetensors model file or part of one.   dtype: ``keep``, or ``fp32``/``fp16``/``bf16`` for every floating-point tensor.
+    The adapter's block strengths count.   base: any safetensors model file or part of one.   dtype: ``keep``, or ``fp32``/``fp16``/``bf16`` for every floating-point tensor.
     progress: called with (bytes done, bytes in all). Every key and all metadata of the base stay; what was merged is added to the
     metadata. With ``keep`` untouched tensors are copied byte for byte. Memory: the adapter and about three times the largest tensor.
     The file is written under a temporary name beside ``out`` and renamed when it is complete. Raises AdapterError kinds.
@@ -91,16 +96,22 @@ def merge_file(
         if out.exists() and source.exists() and os.path.samefile(out, source):
             raise FileError("The output would overwrite an input", file=out, hint="Choose another output name.")
     stored, metadata = read_header(base)
-    binding = adapter.bind(NameIndex({k: s.shape for k, s in stored.items()}))
-    binding.check(strength)
-    jobs: dict[str, list[Patch]] = {}
-    for patch in binding.patches:
+    index = NameIndex({k: s.shape for k, s in stored.items()})
+    binding = adapter.bind(index)
+    share = [1.0] * len(binding.patches)
+    if adapter.blocks is not None:
+        share = factors(adapter.blocks, index, [(p.key, p.rows) for p in binding.patches])
+    jobs: dict[str, list[Job]] = {}
+    for patch, factor in zip(binding.patches, share, strict=True):
+        at = replace(strength, value=strength.value * factor)
+        patch.op.check_strength(at, module=patch.module, file=adapter.path)
         if stored[patch.key].dtype is None:
             raise FileError(
                 "A layer of the base is stored in a form that cannot be rotated", file=base, module=patch.key,
                 found=stored[patch.key].code, expected="floating-point weights", hint="Use an unquantised model file.",
             )
-        jobs.setdefault(patch.key, []).append(patch)
+        if at.value != 0:
+            jobs.setdefault(patch.key, []).append((patch, at))
 
     target = None if dtype == "keep" else DTYPES[dtype]
     metadata[METADATA_KEY] = json.dumps(_history(metadata) + [_record(adapter, strength, binding)])
@@ -112,7 +123,7 @@ def merge_file(
             sink.write(header)
             done = 0
             for key, item in stored.items():
-                for part in _tensor_bytes(source, item, jobs.get(key), strength, target, base):
+                for part in _tensor_bytes(source, item, jobs.get(key, []), target, base):
                     sink.write(part)
                 done += item.end - item.begin
                 if progress is not None:
@@ -140,9 +151,10 @@ def _history(metadata: dict[str, str]) -> list:
 
 
 def _record(adapter: Adapter, strength: Strength, binding: Binding) -> dict:
+    blocks = {} if adapter.blocks is None else {"blocks": str(adapter.blocks)}
     return {
         "adapter": adapter.name, "dialect": adapter.dialect, "strength": strength.value, "mode": strength.mode,
-        "coft": strength.coft, "layers": len(binding.matched), "layers_not_found": len(binding.unmatched),
+        "coft": strength.coft, **blocks, "layers": len(binding.matched), "layers_not_found": len(binding.unmatched),
     }
 
 
@@ -164,13 +176,13 @@ def _layout(stored: dict[str, Stored], metadata: dict[str, str], target: torch.d
 
 
 def _tensor_bytes(
-    source: BinaryIO, item: Stored, patches: list[Patch] | None, strength: Strength, target: torch.dtype | None, file: Path
+    source: BinaryIO, item: Stored, patches: list[Job], target: torch.dtype | None, file: Path
 ) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor of the output."""
     source.seek(item.begin)
     size = item.end - item.begin
     convert = target is not None and item.dtype is not None and item.dtype != target
-    if not convert and (not patches or strength.value == 0):
+    if not convert and not patches:
         while size:
             part = source.read(min(_COPY, size))
             if not part:
@@ -184,9 +196,9 @@ def _tensor_bytes(
     weight = torch.frombuffer(buffer, dtype=item.dtype).view(item.shape) if size else torch.empty(item.shape, dtype=item.dtype)
     if convert and target.itemsize >= weight.dtype.itemsize:
         weight = weight.to(target)  # upwards first, so that the result is rounded once
-    norms = _base_norms(weight, patches or [])
-    for patch in patches or []:
-        patch.apply_(weight, strength, base_row_norm=norms.get(patch.rows))
+    norms = _base_norms(weight, [patch for patch, _ in patches])
+    for patch, at in patches:
+        patch.apply_(weight, at, base_row_norm=norms.get(patch.rows))
     if target is not None and weight.dtype != target:
         narrow = torch.empty(weight.shape, dtype=target)
         store_(narrow, weight)
