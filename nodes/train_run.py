@@ -334,7 +334,7 @@ class Run:
         lines += self.dataset.notes
         if self.store.found:
             lines.append(
-                f"Latents, captions and class pictures: {self.store.found} sets from earlier runs, "
+                f"Latents, captions and class pictures: {self.store.found} read from the cache, "
                 f"{self.store.made} made now."
             )
         lines.append(prune_runs(state_root(), self.folder))

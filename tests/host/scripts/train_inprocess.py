@@ -806,6 +806,18 @@ def text_encoders_train():
         with torch.inference_mode():
             applied = host.apply(outcome.adapter, *parts(family)[:2], Strength(1.0), Strength(1.0))
         assert "te1" in applied.report.lower() or "text" in applied.report.lower()
+        # Samples are drawn with the encoders as they are trained, not with embeddings of before.
+        plan, vae = run.plan.samples, parts(family)[2]
+        with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():
+            drawn = [
+                vae.decode(one.sample_latent(plan.prompts[0], plan, (64, 64), plan.seed))[0]
+                for one in (
+                    train_host.HostModel(applied.model, applied.clip, vae),
+                    train_host.HostModel(applied.model, clip, vae),
+                )
+            ]
+        off, other = ((picture - outcome.samples[-1]).abs().mean() for picture in drawn)
+        assert off < 0.2 * other, f"{family}: {off:.5f}, with untrained encoders {other:.5f}"
 
 
 @check
@@ -1042,7 +1054,7 @@ def latents_and_embeddings_are_kept_for_later_runs():
         second = a_run(steps=4)
         outcome = go(second)
         assert counts == [2, 2], "encoded again"
-        assert second.store.found == 4 and "4 sets from earlier runs" in outcome.report
+        assert second.store.found == 4 and "4 read from the cache" in outcome.report
         assert outcome.losses[:3] == first.losses, "what is kept is not what was made"
         some = torch.cat([pictures(1), pictures(1, seed=5)])
         go(a_run(of=a_set(pictures=[some]), steps=3))
@@ -1059,8 +1071,9 @@ def latents_and_embeddings_are_kept_for_later_runs():
         assert counts == [5, 5], counts
         # Trained text encoders change, so nothing of them is kept.
         made = set(second.store.folder.iterdir())
-        go(a_run(steps=3, config={"text_encoder_lr": 0.01}, sample_every=1))
-        assert set(second.store.folder.iterdir()) == made
+        run = a_run(steps=3, config={"text_encoder_lr": 0.01}, sample_every=1)
+        go(run)
+        assert set(second.store.folder.iterdir()) == made and run.store.found == 2  # the pictures
         # A damaged file is made again.
         for path in made:
             path.write_bytes(path.read_bytes()[:40])
