@@ -1,0 +1,714 @@
+"""Does it teach, and what does it cost? Subjects that the embedded model never saw, taught by several methods.
+
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --grid        learning rates, on subjects not reported
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --minutes 60  the runs; goes on where it stopped
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --report docs tables and plots from what there is
+
+WORK is the folder of ``python -m embedded.make.pictures`` (its pictures train the encoder that measures).
+Results are lines of WORK/subject/results.jsonl, one for each run; a run that is there is not repeated. All
+methods train the same layers (the attention projections) of the same frozen model in float32 on the same
+pictures, captions, order, noise and noise levels, with AdamW, and are judged on pictures drawn from equal
+noise. Ours is trained by the pack's own engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import subject_metrics as metrics
+from train_step import lycoris_method, peft_method
+
+from embedded import model as shipped
+from embedded.autoencoder import decoder, encoder
+from embedded.captions import COLOURS, PLACES, Concept, caption, concepts
+from embedded.make.transformer import Captions, Network, host_class
+from embedded.pictures import TRAIN_VIEWS, prompt, subjects, views
+from oft_core.rotation import pack_skew, unpack_skew
+from oft_core.training import (
+    Loaded,
+    Objective,
+    OFTConfig,
+    Order,
+    Record,
+    RotationBank,
+    Trainer,
+    TrainSettings,
+)
+from oft_core.training.objective import per_sample_error, shifted
+
+SHIFT = 3.0  # of SD3's noise levels, in training as in drawing
+GRID_SUBJECTS = ("castle", "owl", "guitar")  # for choosing learning rates; never reported
+GRID_STEPS = (50, 100, 200, 400)
+STEPS = (25, 50, 100, 200, 400)
+LONG_STEPS = (*STEPS, 1000, 2000)
+BATCH = 1  # as OFT_Train has it
+DRAW_STEPS, CFG = 10, 3.0
+FORWARDS = 128  # sequences in one forward while drawing
+
+
+def task_texts(subject: Concept) -> dict[str, list[str]]:
+    """What is drawn at every checkpoint, by purpose; 34 captions.
+
+    subject: trigger and class, from six noises.   class: the class word alone.   other: things that the
+    model knows, four of them of the same class.   follow: trigger and class with backgrounds and places
+    that the training never showed.
+    """
+    rng = random.Random(subject.name)
+    known = [c for c in concepts() if not c.held]
+    near = rng.sample([c for c in known if c.kind == subject.kind], 4)
+    far = rng.sample([c for c in known if c.kind != subject.kind], 8)
+    others = [c.name for c in near + far[:4]]
+    others += [
+        caption(c.name, colour) for c, colour in zip(far[4:6], rng.sample(sorted(COLOURS), 2), strict=True)
+    ]
+    others += [
+        caption(c.name, None, place) for c, place in zip(far[6:], rng.sample(sorted(PLACES), 2), strict=True)
+    ]
+    own = prompt(subject)
+    follow = [caption(own, colour) for colour in ("blue", "yellow", "green", "pink")]
+    follow += [caption(own, None, place) for place in ("left", "right", "top", "bottom")]
+    pairs = (("red", "left"), ("blue", "right"), ("purple", "top"), ("yellow", "bottom"))
+    follow += [caption(own, colour, place) for colour, place in pairs]
+    return {"subject": [own] * 6, "class": [subject.kind] * 4, "other": others, "follow": follow}
+
+
+def asked(text: str) -> tuple[str, str, str]:
+    """A caption's (name, background, place): "red apple", "white", "whole" where nothing else is said."""
+    text, _, place = text.partition(", ")
+    name, _, rest = text.partition(" on a ")
+    return name.removeprefix("small ") if place else name, rest.split(" ")[0] or "white", place or "whole"
+
+
+# ---------------------------------------------------------------- the frozen model
+
+
+class World:
+    """The embedded model with short contexts, its autoencoder and captions. Everything float32 on the CPU."""
+
+    def __init__(
+        self, transformer: dict[str, Tensor], autoencoder: dict[str, Tensor], more: Iterable[str] = ()
+    ) -> None:
+        depth = 1 + max(int(name.split(".")[1]) for name in transformer if name.startswith("joint_blocks."))
+        self.network = Network(host_class(), depth)
+        self.network.core.load_state_dict({k: v.float() for k, v in transformer.items()})
+        self.network.requires_grad_(False).eval()
+        sums = hashlib.sha256(
+            b"".join(v.float().contiguous().numpy().tobytes() for _, v in sorted(transformer.items()))
+        )
+        self.digest = sums.hexdigest()[:8]
+        self.parts = {"taesd_encoder": encoder(), "taesd_decoder": decoder()}
+        for name, part in self.parts.items():
+            own = {k[len(name) + 1 :]: v.float() for k, v in autoencoder.items() if k.startswith(name)}
+            part.load_state_dict(own)
+            part.requires_grad_(False).eval()
+        texts = sorted({t for s in subjects() for part in task_texts(s).values() for t in part} | set(more))
+        self.number = {"": 0, **{text: i + 1 for i, text in enumerate(texts)}}
+        self.captions = Captions(texts)
+        self.layers = [c.name for c in OFTConfig().select(self.network.core).layers]
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[N, 3, 64, 64] in 0..1 -> latents [N, 16, 8, 8]."""
+        with torch.no_grad():
+            return self.parts["taesd_encoder"](pictures)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, 16, 8, 8] -> [N, 3, 64, 64] in 0..1; bfloat16 products, the same for all methods."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out = [self.parts["taesd_decoder"](part) for part in latents.split(16)]
+        return torch.cat(out).float().clamp(0, 1)
+
+    def velocity(self, x: Tensor, sigma: Tensor, texts: list[str]) -> Tensor:
+        """What the model predicts (noise minus latents) for noised latents [B, 16, 8, 8], sigma [B], one text
+        each.
+        """
+        return self.network(x, sigma, *self.captions.batch(torch.tensor([self.number[t] for t in texts])))
+
+    def _each(self, x: Tensor, sigma: float, texts: list[str]) -> Tensor:
+        """As `velocity`, with captions of like length together, so that little is filled up."""
+        number = torch.tensor([self.number[t] for t in texts])
+        width = (self.captions.length[number] + 3) // 4
+        out = torch.empty_like(x)
+        for length in width.unique():
+            for part in torch.nonzero(width == length).flatten().split(FORWARDS):
+                level = torch.full((len(part),), sigma)
+                out[part] = self.network(x[part], level, *self.captions.batch(number[part]))
+        return out
+
+    def draw(self, texts: list[str], noise: Tensor, steps: int = DRAW_STEPS, cfg: float = CFG) -> Tensor:
+        """Latents [N, 16, 8, 8] of texts from noise of that shape: Euler's method over SD3's shifted levels."""
+        sigmas = shifted(torch.linspace(1, 0, steps + 1), SHIFT).tolist()
+        x, count = noise.clone(), len(texts)
+        with torch.no_grad():
+            for now, then in itertools.pairwise(sigmas):
+                both = self._each(torch.cat([x, x]), now, [*texts, *[""] * count])
+                x = x + (then - now) * (both[count:] + cfg * (both[:count] - both[count:]))
+        return x
+
+    @contextmanager
+    def carrying(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """The model with other weights of some layers inside (layer name -> weight)."""
+        before = {n: self.network.core.get_submodule(n).weight.data for n in weights}
+        try:
+            for name, weight in weights.items():
+                self.network.core.get_submodule(name).weight.data = weight
+            yield
+        finally:
+            for name, weight in before.items():
+                self.network.core.get_submodule(name).weight.data = weight
+
+    def effective(self) -> dict[str, Tensor]:
+        """The trained layers' weights as their forwards act now: what they answer to the unit vectors, without
+        the bias.
+        """
+        out = {}
+        with torch.no_grad():
+            for name in self.layers:
+                layer = self.network.core.get_submodule(name)
+                unit = torch.eye(layer.in_features)
+                out[name] = (layer(unit) - layer(torch.zeros(1, layer.in_features))).T.contiguous()
+        return out
+
+
+@dataclass
+class Task:
+    """One subject to teach: latents of its training views and of the held-out ones, [5, 16, 8, 8] each."""
+
+    subject: Concept
+    train: Tensor
+    held: Tensor
+    seed: int
+    batch: int = BATCH
+    records: list[Record] = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = prompt(self.subject)
+        self.records = [Record(str(i), text, (64, 64)) for i in range(len(self.train))]
+
+    @classmethod
+    def of(cls, world: World, subject: Concept, seed: int, batch: int = BATCH) -> Task:
+        train, held = (
+            world.encode(metrics.as_tensor(v)) for v in (views(subject), views(subject, metrics.HELD_VIEWS))
+        )
+        return cls(subject, train, held, seed, batch)
+
+
+def objective() -> Objective:
+    """What OFT_Train finds for this model: rectified flow, logit-normal levels, SD3's shift."""
+    return Objective(prediction="flow", sampling="logit_normal", shift=SHIFT)
+
+
+# ---------------------------------------------------------------- methods
+
+
+class Ours:
+    """The pack's own engine, as OFT_Train uses it."""
+
+    def __init__(self, world: World, task: Task, lr: float, config: OFTConfig, prior: str = "none") -> None:
+        self.world, self.task = world, task
+        core = world.network.core
+        self.bank = RotationBank({"unet": (core, config.select(core))}, seed=task.seed)
+        latents = {r.name: z for r, z in zip(task.records, task.train, strict=True)}
+        kind = task.subject.kind
+        class_records = []
+        if prior == "match":
+            class_records = [Record("class", kind, (0, 0), role="class")]
+        elif prior == "pictures":
+            class_records = [Record(f"class {i}", kind, (64, 64), role="class") for i in range(16)]
+            noise = torch.randn(16, 16, 8, 8, generator=torch.Generator().manual_seed(task.seed))
+            drawn = world.draw([kind] * 16, noise)
+            latents |= {r.name: z for r, z in zip(class_records, drawn, strict=True)}
+        self.until = 0
+        self.trainer = Trainer(
+            self.bank,
+            TrainSettings(steps=1 << 30, batch_size=task.batch, lr=lr, seed=task.seed, prior=prior),
+            objective(),
+            task.records,
+            load=lambda records: Loaded(torch.stack([latents[r.name] for r in records])),
+            predict=lambda noised, records: world.velocity(
+                noised.x_t, noised.sigma, [r.caption for r in records]
+            ),
+            class_records=class_records,
+            should_stop=lambda: self.trainer.step >= self.until,
+        )
+
+    def advance(self, until: int) -> None:
+        self.until = until
+        self.trainer.run()
+
+    def weights(self, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        with self.bank.installed(), self.bank.evaluation(values):
+            return self.world.effective()
+
+    def random_weights(self) -> dict[str, Tensor]:
+        """Weights turned by the same angles in random planes: every generator q becomes o q o^T, o random
+        orthogonal.
+        """
+        generator = torch.Generator().manual_seed(self.task.seed)
+        values = {}
+        for name, packed in self.bank.state_dict().items():
+            block = int(name.rsplit("/", 1)[1])
+            turn = torch.linalg.qr(torch.randn(len(packed), block, block, generator=generator)).Q
+            values[name] = pack_skew(turn @ unpack_skew(packed, block) @ turn.transpose(-1, -2))
+        return self.weights(values)
+
+    def facts(self) -> dict[str, float]:
+        """Largest error of R^T R = I, and the largest and the root mean square angle of all planes in degrees."""
+        pieces = [p.op for ops in self.bank.adapter_tensors().values() for p in ops]
+        angles = torch.cat([op.angles().flatten() for op in pieces]).abs().rad2deg()
+        return {
+            "orthogonality": max(op.orthogonality_error() for op in pieces),
+            "angle_max": angles.max().item(),
+            "angle_rms": angles.square().mean().sqrt().item(),
+        }
+
+
+class Rival:
+    """Another package's adapter in the benchmark's loop: the same order, noise, levels, optimizer and gradient
+    norm.
+    """
+
+    def __init__(self, world: World, task: Task, lr: float, method: Any) -> None:
+        self.world, self.task, self.method = world, task, method
+        settings = TrainSettings()
+        self.clip = settings.clip
+        self.optimizer = torch.optim.AdamW(method.parameters, lr=lr, weight_decay=settings.weight_decay)
+        self.objective = objective()
+        self.order = Order(task.records, task.batch, task.seed)
+        self.step = 0
+
+    def advance(self, until: int) -> None:
+        with self.method.install():
+            while self.step < until:
+                records = self.order.batch(self.step)
+                latents = torch.stack([self.task.train[int(r.name)] for r in records])
+                noised = self.objective.noised(latents, self.task.seed, self.step, range(len(records)))
+                answer = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in records])
+                per_sample_error(answer, self.objective.target(noised)).mean().backward()
+                nn.utils.clip_grad_norm_(self.method.parameters, self.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.step += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        with self.method.install():
+            return self.world.effective()
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+
+def _lora(rank: int) -> Callable[[World, Task, float], Rival]:
+    def make(world: World, task: Task, lr: float) -> Rival:
+        from peft import LoraConfig
+
+        torch.manual_seed(task.seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(world.layers))
+        method = peft_method(
+            SimpleNamespace(model=world.network.core, targets=world.layers), f"LoRA {rank}", config
+        )
+        return Rival(world, task, lr, method)
+
+    return make
+
+
+def _core(world: World, task: Task, lr: float) -> Rival:
+    """ComfyUI's own trainable OFT, applied to the weight as its training node does; rank 16, alpha 1 (the
+    node's).
+    """
+    from comfy.weight_adapter import OFTAdapter
+
+    layers = {n: world.network.core.get_submodule(n) for n in world.layers}
+    made = {
+        n: OFTAdapter.create_train(layer.weight, rank=16, alpha=1.0).train() for n, layer in layers.items()
+    }
+
+    @contextmanager
+    def install() -> Iterator[None]:
+        for name, layer in layers.items():
+            layer.__dict__["forward"] = lambda x, a=layer, f=made[name]: F.linear(x, f(a.weight), a.bias)
+        try:
+            yield
+        finally:
+            for layer in layers.values():
+                del layer.__dict__["forward"]
+
+    parameters = [m.oft_blocks for m in made.values()]
+    return Rival(world, task, lr, SimpleNamespace(parameters=parameters, install=install))
+
+
+def _lycoris(world: World, task: Task, lr: float) -> Rival:
+    return Rival(
+        world, task, lr, lycoris_method(SimpleNamespace(model=world.network.core, targets=world.layers), 16)
+    )
+
+
+def _ours(prior: str = "none", **config: Any) -> Callable[[World, Task, float], Ours]:
+    return lambda world, task, lr: Ours(world, task, lr, OFTConfig(**config), prior)
+
+
+@dataclass(frozen=True)
+class Method:
+    """label: in tables.   make: (world, task, learning rate) -> learner.   grid: learning rates to try, or
+    the name of
+    the method whose learning rate is taken."""
+
+    label: str
+    make: Callable[[World, Task, float], Ours | Rival]
+    grid: tuple[float, ...] | str
+
+
+OFT_RATES, LORA_RATES, WEIGHT_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
+METHODS: dict[str, Method] = {
+    "oft32": Method("OFT b32 (ours)", _ours(oft_block_size=32), OFT_RATES),
+    "oft16": Method("OFT b16 (ours)", _ours(oft_block_size=16), OFT_RATES),
+    "coft": Method("OFT b32, 15° cap (ours)", _ours(oft_block_size=32, angle_cap=15.0), OFT_RATES),
+    "oft32-match": Method("OFT b32 + prior match (ours)", _ours("match", oft_block_size=32), "oft32"),
+    "oft32-pictures": Method(
+        "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32"
+    ),
+    "lora4": Method("LoRA rank 4 (PEFT)", _lora(4), LORA_RATES),
+    "lora16": Method("LoRA rank 16 (PEFT)", _lora(16), LORA_RATES),
+    "core": Method("OFT (ComfyUI core)", _core, WEIGHT_RATES),
+    "lycoris": Method("Diag-OFT (LyCORIS)", _lycoris, WEIGHT_RATES),
+}
+CONTROL = "oft32"  # the method whose rotations are also tried with random planes
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass
+class Judge:
+    """Draws and measures one subject with any weights; keeps the frozen model's own pictures to compare with."""
+
+    world: World
+    space: metrics.Known
+    task: Task
+    base: dict[str, float] = field(init=False)
+    ceiling: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = task_texts(self.task.subject)
+        self.texts = [t for part in groups.values() for t in part]
+        ends = torch.tensor([0, *(len(part) for part in groups.values())]).cumsum(0).tolist()
+        self.part = {name: slice(a, b) for name, a, b in zip(groups, ends, ends[1:], strict=False)}
+        generator = torch.Generator().manual_seed(1000 + self.task.seed)
+        self.noise = torch.randn(len(self.texts), 16, 8, 8, generator=generator)
+        self.levels = shifted(torch.linspace(0.1, 0.9, 5), SHIFT).repeat_interleave(len(self.task.held))
+        self.held_noise = torch.randn(len(self.levels), 16, 8, 8, generator=generator)
+        # What a perfect learner could reach: the training views as the autoencoder shows them.
+        seen = self.world.decode(self.task.train)
+        self.ceiling = metrics.similarity(self.space, seen, self.task.subject)
+        self.own_weights = {
+            n: self.world.network.core.get_submodule(n).weight.data for n in self.world.layers
+        }
+        self.frozen = self.world.decode(self.world.draw(self.texts, self.noise))
+        self.unlike = metrics.spread(self.frozen[self.part["other"]])
+        self.base = self._row(self.frozen, {})
+
+    def look(self, weights: dict[str, Tensor]) -> tuple[dict[str, float], Tensor]:
+        """All measures with these weights, and the pictures [34, 3, 64, 64]."""
+        with self.world.carrying(weights):
+            pictures = self.world.decode(self.world.draw(self.texts, self.noise))
+            return self._row(pictures, weights), pictures
+
+    def _row(self, pictures: Tensor, weights: dict[str, Tensor]) -> dict[str, float]:
+        """similarity: to the held-out views; leak: the same of pictures of the bare class word. drift: RMSE
+        to the frozen model's pictures over the RMSE between its pictures of different captions. Shares in
+        0..1: recognised, other_right (concept), colour, place, follow (colour, place and subject). gram:
+        relative change of W W^T.
+        """
+        subject = self.task.subject
+        embedded = self.space.embed(pictures)
+        nearest = self.space.nearest(embedded)
+        drift = metrics.rmse(pictures, self.frozen) / self.unlike
+        wanted = [asked(t) for t in self.texts]
+        part = {name: range(s.start, s.stop) for name, s in self.part.items()}
+        colours, where = (
+            metrics.backgrounds(pictures[self.part["follow"]]),
+            metrics.places(pictures[self.part["follow"]]),
+        )
+        coloured = [c == wanted[i][1] for i, c in zip(part["follow"], colours, strict=True)]
+        placed = [p == wanted[i][2] for i, p in zip(part["follow"], where, strict=True)]
+        mine = [nearest[i] == subject.name for i in part["follow"]]
+        in_place = [p or wanted[i][2] == "whole" for i, p in zip(part["follow"], placed, strict=True)]
+
+        def share(values: Iterable[bool]) -> float:
+            values = list(values)
+            return sum(values) / len(values)
+
+        row = {
+            "similarity": metrics.similarity(self.space, pictures[self.part["subject"]], subject),
+            "recognised": share(nearest[i] == subject.name for i in part["subject"]),
+            "leak": metrics.similarity(self.space, pictures[self.part["class"]], subject),
+            "class_drift": drift[self.part["class"]].mean().item(),
+            "drift": drift[self.part["other"]].mean().item(),
+            "other_right": share(nearest[i] == wanted[i][0] for i in part["other"]),
+            "colour": share(
+                c for i, c in zip(part["follow"], coloured, strict=True) if wanted[i][1] != "white"
+            ),
+            "place": share(p for i, p in zip(part["follow"], placed, strict=True) if wanted[i][2] != "whole"),
+            "follow_recognised": share(mine),
+            "follow": share(a and b and c for a, b, c in zip(coloured, in_place, mine, strict=True)),
+            "diversity": metrics.spread(pictures[self.part["subject"]]),
+            "held_loss": self._loss(),
+        }
+        changed = []
+        for name, weight in weights.items():
+            before = self.own_weights[name]
+            gram = before @ before.T
+            changed.append(((weight @ weight.T - gram).norm() / gram.norm()).item())
+        row["gram"] = max(changed, default=0.0)
+        return {k: round(v, 6) if k != "gram" else v for k, v in row.items()}
+
+    def _loss(self) -> float:
+        """Denoising error on the held-out views at five levels, always the same noise."""
+        clean = self.task.held.repeat(5, 1, 1, 1)
+        s = self.levels[:, None, None, None]
+        with torch.no_grad():
+            answer = self.world.velocity(
+                (1 - s) * clean + s * self.held_noise, self.levels, [prompt(self.task.subject)] * len(s)
+            )
+        return (answer - (self.held_noise - clean)).square().mean().item()
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the results."""
+
+    stage: str
+    method: str
+    lr: float
+    subject: str
+    seed: int
+    steps: tuple[int, ...]
+    batch: int = BATCH
+
+    @property
+    def key(self) -> tuple:
+        return (self.method, f"{self.lr:g}", self.subject, self.seed, self.batch)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a results file; a line that was cut off by an interruption is left out."""
+    out = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{path}: an incomplete line is left out", file=sys.stderr)
+    return out
+
+
+def key_of(line: dict[str, Any]) -> tuple:
+    """As `Job.key`."""
+    return (line["method"], f"{line['lr']:g}", line["subject"], line["seed"], line["batch"])
+
+
+def grid_jobs(methods: Iterable[str], count: int, batch: int) -> list[Job]:
+    """Every learning rate of every method on the first `count` subjects that are kept for it."""
+    return [
+        Job("grid", m, lr, s, 0, GRID_STEPS, batch)
+        for s in GRID_SUBJECTS[:count] for m in methods if not isinstance(METHODS[m].grid, str) for lr in METHODS[m].grid
+    ]  # fmt: skip
+
+
+def reported_subjects() -> list[Concept]:
+    """The subjects behind the reported numbers, in the order in which they are run."""
+    rest = sorted((s for s in subjects() if s.name not in GRID_SUBJECTS), key=lambda s: s.name)
+    return random.Random(0).sample(rest, len(rest))
+
+
+def main_jobs(
+    methods: Iterable[str], rates: dict[str, float], count: int, seeds: Iterable[int], long: int, batch: int
+) -> list[Job]:
+    """All methods for the first subject and seed, then for the next subject, so that what is done so far is
+    balanced.
+
+    Every third subject of the first seed has a long run, until there are `long` of them.
+    """
+    out = []
+    for seed in seeds:
+        for i, s in enumerate(reported_subjects()[:count]):
+            steps = LONG_STEPS if i % 3 == 0 and i // 3 < long and seed == 0 else STEPS
+            out += [Job("main", m, rates[m], s.name, seed, steps, batch) for m in methods]
+    return out
+
+
+def balance(row: dict[str, float], line: dict[str, Any]) -> float:
+    """Harmonic mean of fidelity and of what is kept of the prior, 0..1: what a learning rate is chosen by."""
+    fidelity, kept = min(max(normalised(row["similarity"], line), 0.0), 1.0), max(1 - row["drift"], 0.0)
+    return 2 * fidelity * kept / (fidelity + kept) if fidelity + kept else 0.0
+
+
+def normalised(similarity: float, line: dict[str, Any]) -> float:
+    """Similarity to the held-out views: 0 as the frozen model's pictures of the class, 1 as the training
+    views.
+    """
+    low = line["base"]["similarity"]
+    return (similarity - low) / (line["ceiling"] - low)
+
+
+def chosen_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The learning rate of every method: the one with the best balance, at its best checkpoint, mean over
+    the subjects.
+
+    Raises ValueError where a method has no grid yet.
+    """
+    found: dict[str, dict[float, list[float]]] = {}
+    for line in lines:
+        if line["stage"] == "grid":
+            best = max(balance(row, line) for row in line["rows"])
+            found.setdefault(line["method"], {}).setdefault(line["lr"], []).append(best)
+    out = {}
+    for name, method in METHODS.items():
+        source = method.grid if isinstance(method.grid, str) else name
+        if source not in found:
+            raise ValueError(f"no learning rate was tried for {source}: run with --grid first")
+        most = max(len(v) for v in found[source].values())
+        out[name] = max((sum(v) / len(v), lr) for lr, v in found[source].items() if len(v) == most)[1]
+    return out
+
+
+def run(
+    job: Job, world: World, space: metrics.Known, judges: dict[tuple, Judge], show: Path | None = None
+) -> dict[str, Any]:
+    """Train and measure one job: its line of the results."""
+    subject = next(s for s in subjects() if s.name == job.subject)
+    if (job.subject, job.seed, job.batch) not in judges:
+        judges.clear()
+        judges[job.subject, job.seed, job.batch] = Judge(
+            world, space, Task.of(world, subject, job.seed, job.batch)
+        )
+    judge = judges[job.subject, job.seed, job.batch]
+    learner = METHODS[job.method].make(world, judge.task, job.lr)
+    rows, control, sheet, seconds = [], [], [judge.frozen], 0.0
+    for step in job.steps:
+        begun = time.process_time()
+        learner.advance(step)
+        seconds += time.process_time() - begun
+        row, pictures = judge.look(learner.weights())
+        rows.append({"step": step, **row, **learner.facts()})
+        sheet.append(pictures)
+        if job.method == CONTROL:
+            control.append({"step": step, **judge.look(learner.random_weights())[0]})
+    if show is not None:
+        _save_sheet(show / f"{job.stage}-{job.subject}-{job.seed}-{job.method}-{job.lr:g}.png", sheet)
+    return {
+        "stage": job.stage, "weights": world.digest, "method": job.method, "lr": job.lr, "subject": job.subject, "seed": job.seed,
+        "batch": job.batch, "draw": [DRAW_STEPS, CFG], "pictures": len(TRAIN_VIEWS), "ceiling": round(judge.ceiling, 6),
+        "base": judge.base, "rows": rows, "control": control, "train_cpu_seconds": round(seconds, 2),
+    }  # fmt: skip
+
+
+def _save_sheet(path: Path, rows: list[Tensor]) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    Image.fromarray((whole * 255).round().byte().permute(1, 2, 0).numpy()).save(path, optimize=True)
+
+
+def work_through(
+    jobs: list[Job], done: set[tuple], minutes: float, run_one: Callable[[Job], dict[str, Any]], results: Path
+) -> int:
+    """Run what is not `done`, a line each, and begin nothing that would last beyond `minutes`. Returns what is
+    left.
+    """
+    begun, longest = time.monotonic(), {}
+    left = [job for job in jobs if job.key not in done]
+    while left:
+        job = left[0]
+        passed = time.monotonic() - begun
+        if passed + longest.get(len(job.steps), 0.0) > minutes * 60:
+            break
+        line = run_one(job)
+        took = time.monotonic() - begun - passed
+        longest[len(job.steps)] = max(took, longest.get(len(job.steps), 0.0))
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        left.pop(0)
+        last = line["rows"][-1]
+        print(f"{job.stage} {job.subject} {job.method} {job.lr:g}: fidelity {normalised(last['similarity'], line):.2f}, "
+              f"drift {last['drift']:.2f}, follows {last['follow']:.2f}; {took:.0f} s, {len(left)} left", flush=True)  # fmt: skip
+    return len(left)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--grid", action="store_true", help="try learning rates on the subjects kept for it")
+    parser.add_argument("--grid-subjects", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--subjects", type=int, default=12)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--long", type=int, default=4, help="how many subjects have runs of 2,000 steps")
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--transformer", type=Path, help="other weights than the shipped ones, with --autoencoder"
+    )
+    parser.add_argument("--autoencoder", type=Path)
+    parser.add_argument("--report", type=Path, help="write tables and plots into this folder and stop")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = options.work / "subject"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "results.jsonl"
+    if options.report:
+        from subject_report import write
+
+        write(read(results), options.report)
+        return
+    space = metrics.known(options.work, folder)
+    right, margin = metrics.retrieval(space)
+    print(f"encoder: {right:.1%} of the unseen subjects' training views know their held-out views among "
+          f"{len(space.names)} concepts; margin {margin:.2f}", flush=True)  # fmt: skip
+    if options.transformer:
+        from safetensors.torch import load_file
+
+        world = World(load_file(options.transformer), load_file(options.autoencoder))
+    else:
+        world = World(shipped.transformer(), shipped.read("autoencoder.safetensors"))
+    lines = read(results)
+    if options.grid:
+        jobs = grid_jobs(options.methods, options.grid_subjects, options.batch)
+        done = {key_of(x) for x in lines if x["stage"] == "grid"}
+    else:
+        rates = chosen_rates([x for x in lines if x["batch"] == options.batch])
+        print("learning rates: " + ", ".join(f"{m} {lr:g}" for m, lr in rates.items()))
+        jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, options.batch)
+        done = {key_of(x) for x in lines if x["stage"] == "main" and x["weights"] == world.digest}
+    judges: dict[tuple, Judge] = {}
+    left = work_through(
+        jobs, done, options.minutes, lambda job: run(job, world, space, judges, folder / "sheets"), results
+    )
+    print(f"{left} of {len(jobs)} runs are left" if left else f"all {len(jobs)} runs are there")
+
+
+if __name__ == "__main__":
+    main()

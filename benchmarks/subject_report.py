@@ -1,0 +1,372 @@
+"""Tables and plots of benchmarks/subject.py's results. Every number says how many subjects stand behind it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from subject import CONTROL, GRID_STEPS, LONG_STEPS, METHODS, STEPS, balance, normalised
+
+Line = dict[str, Any]
+Row = dict[str, float]
+BEGIN, END = "<!-- tables of benchmarks/subject.py -->", "<!-- end of the tables -->"
+LEVELS = (0.5, 0.7)  # of fidelity, at which methods are compared
+REFERENCE = "lora16"
+
+MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
+    "fidelity": ("fidelity", lambda r, x: normalised(r["similarity"], x)),
+    "recognised": ("recognised", lambda r, x: r["recognised"]),
+    "drift": ("drift", lambda r, x: r["drift"]),
+    "kept": ("others right", lambda r, x: r["other_right"]),
+    "leak": ("leak", lambda r, x: normalised(r["leak"], x)),
+    "follow": ("follows", lambda r, x: r["follow"]),
+    "colour": ("colour", lambda r, x: r["colour"]),
+    "place": ("place", lambda r, x: r["place"]),
+    "diversity": ("diversity", lambda r, x: r["diversity"]),
+    "held_loss": ("held-out loss", lambda r, x: r["held_loss"]),
+}
+
+
+def balanced(lines: Iterable[Line], methods: Iterable[str]) -> list[Line]:
+    """Only the (subject, seed) pairs that every one of the methods has."""
+    lines, methods = list(lines), set(methods)
+    have: dict[tuple[str, int], set[str]] = {}
+    for x in lines:
+        have.setdefault((x["subject"], x["seed"]), set()).add(x["method"])
+    return [x for x in lines if x["method"] in methods and methods <= have[x["subject"], x["seed"]]]
+
+
+def row_at(line: Line, step: int) -> Row | None:
+    return next((r for r in line["rows"] if r["step"] == step), None)
+
+
+def per_subject(lines: Iterable[Line], value: Callable[[Line], float | None]) -> dict[str, float]:
+    """Subject -> mean of a value over its seeds; lines where the value is None do not count."""
+    found: dict[str, list[float]] = {}
+    for x in lines:
+        v = value(x)
+        if v is not None:
+            found.setdefault(x["subject"], []).append(v)
+    return {s: statistics.fmean(v) for s, v in found.items()}
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and standard deviation over subjects."""
+    values = list(values)
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):.2f}" + (
+        f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    )
+
+
+def at_level(line: Line, level: float) -> Row | None:
+    """All measures where a run first reaches a fidelity, linear between checkpoints (the frozen model is
+    step 0).
+
+    None where the run does not reach it.
+    """
+    points = [{**line["base"], "step": 0}, *line["rows"]]
+    values = [{"step": p["step"], **{k: f(p, line) for k, (_, f) in MEASURES.items()}} for p in points]
+    for a, b in itertools.pairwise(values):
+        if b["fidelity"] >= level:
+            t = (
+                min(max((level - a["fidelity"]) / (b["fidelity"] - a["fidelity"]), 0.0), 1.0)
+                if b["fidelity"] > a["fidelity"]
+                else 1.0
+            )
+            return {k: a[k] + t * (b[k] - a[k]) for k in a}
+    return None
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean, 4,000 resamples, seeded."""
+    values = np.array(differences)
+    picks = np.random.default_rng(0).integers(0, len(values), (4000, len(values)))
+    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)])
+
+
+def _of(lines: list[Line], method: str) -> list[Line]:
+    return [x for x in lines if x["method"] == method]
+
+
+def step_table(lines: list[Line], methods: list[str], step: int) -> str:
+    rows = []
+    for m in methods:
+        mine = [x for x in _of(lines, m) if row_at(x, step)]
+        if not mine:
+            continue
+        cells = [
+            spread(per_subject(mine, lambda x, f=f: f(row_at(x, step), x)).values())
+            for _, f in MEASURES.values()
+        ]
+        rows.append([METHODS[m].label, f"{mine[0]['lr']:g}", *cells, str(len({x["subject"] for x in mine}))])
+    return _table(["method", "lr", *(name for name, _ in MEASURES.values()), "subjects"], rows)
+
+
+def level_table(lines: list[Line], methods: list[str], level: float) -> str:
+    rows = []
+    names = ("drift", "kept", "leak", "follow", "diversity")
+    reference = {
+        name: per_subject(_of(lines, REFERENCE), lambda x, n=name: (at_level(x, level) or {}).get(n))
+        for name in names
+    }
+    for m in methods:
+        mine = _of(lines, m)
+        reached = per_subject(mine, lambda x: (at_level(x, level) or {}).get("step"))
+        total = len({x["subject"] for x in mine})
+        cells, differences = [], []
+        for name in names:
+            values = per_subject(mine, lambda x, n=name: (at_level(x, level) or {}).get(n))
+            cells.append(spread(values.values()))
+            if name in ("drift", "follow"):
+                both = [values[s] - reference[name][s] for s in values if s in reference[name]]
+                if m == REFERENCE or len(both) < 3:
+                    differences.append("-")
+                else:
+                    low, high = interval(both)
+                    differences.append(f"{statistics.fmean(both):+.2f} [{low:+.2f}, {high:+.2f}]")
+        step = f"{statistics.median(reached.values()):.0f}" if reached else "-"
+        rows.append([METHODS[m].label, f"{len(reached)} of {total}", step, *cells, *differences])
+    head = [
+        "method",
+        "reached by",
+        "step (median)",
+        *(MEASURES[n][0] for n in names),
+        "drift − LoRA 16",
+        "follows − LoRA 16",
+    ]
+    return _table(head, rows)
+
+
+def long_table(lines: list[Line], methods: list[str]) -> str:
+    rows = []
+    last = LONG_STEPS[-1]
+    for m in methods:
+        mine = [x for x in _of(lines, m) if row_at(x, last)]
+        if not mine:
+            continue
+        best = per_subject(mine, lambda x: max(normalised(r["similarity"], x) for r in x["rows"]))
+        cells = []
+        for name in ("fidelity", "drift", "kept", "leak", "follow", "diversity"):
+            f = MEASURES[name][1]
+            cells += [
+                spread(per_subject(mine, lambda x, f=f, s=s: f(row_at(x, s), x)).values())
+                for s in (200, last)
+            ]
+        rows.append([METHODS[m].label, spread(best.values()), *cells, str(len(best))])
+    head = ["method", "best fidelity"]
+    head += [
+        f"{MEASURES[n][0]} {s}"
+        for n in ("fidelity", "drift", "kept", "leak", "follow", "diversity")
+        for s in (200, last)
+    ]
+    return _table([*head, "subjects"], rows)
+
+
+def control_table(lines: list[Line]) -> str:
+    mine = [x for x in _of(lines, CONTROL) if x["control"]]
+    rows = []
+    for step in LONG_STEPS:
+        some = [x for x in mine if row_at(x, step)]
+        if not some:
+            continue
+        cells = []
+        for name in ("fidelity", "drift"):
+            f = MEASURES[name][1]
+            cells.append(spread(per_subject(some, lambda x, f=f, s=step: f(row_at(x, s), x)).values()))
+            turned = [(x, next(r for r in x["control"] if r["step"] == step)) for x in some]
+            values = [f(r, x) for x, r in turned]
+            cells.append(spread(values) + f" (largest {max(values):.2f})")
+        angle = spread(per_subject(some, lambda x, s=step: row_at(x, s)["angle_rms"]).values())
+        rows.append([str(step), *cells, angle, str(len({x["subject"] for x in some}))])
+    head = [
+        "step",
+        "fidelity",
+        "fidelity, random planes",
+        "drift",
+        "drift, random planes",
+        "angle (root mean square, °)",
+        "subjects",
+    ]
+    return _table(head, rows)
+
+
+def geometry_table(lines: list[Line], methods: list[str]) -> str:
+    rows = []
+    for m in methods:
+        every = [r for x in _of(lines, m) for r in x["rows"]]
+        gram = max(r["gram"] for r in every)
+        own = [r for r in every if "orthogonality" in r]
+        error = f"{max(r['orthogonality'] for r in own):.1e}" if own else "-"
+        angles = f"{max(r['angle_max'] for r in own):.0f}" if own else "-"
+        seconds = [x["train_cpu_seconds"] / x["rows"][-1]["step"] * 1000 for x in _of(lines, m)]
+        rows.append([METHODS[m].label, f"{gram:.1e}", error, angles, f"{statistics.median(seconds):.0f}"])
+    return _table(
+        ["method", "largest change of W Wᵀ", "largest error of RᵀR = I", "largest angle, °", "ms of a step"],
+        rows,
+    )
+
+
+def grid_table(lines: list[Line]) -> str:
+    grid = [x for x in lines if x["stage"] == "grid"]
+    rows = []
+    for m in METHODS:
+        mine = _of(grid, m)
+        for lr in sorted({x["lr"] for x in mine}):
+            some = [x for x in mine if x["lr"] == lr]
+            best = [max((balance(r, x), r["step"]) for r in x["rows"]) for x in some]
+            cells = []
+            for step in GRID_STEPS:
+                at = [(row_at(x, step), x) for x in some]
+                fidelity = statistics.fmean(normalised(r["similarity"], x) for r, x in at)
+                cells.append(f"{fidelity:.2f} / {statistics.fmean(r['drift'] for r, _ in at):.2f}")
+            mean = statistics.fmean(b for b, _ in best)
+            rows.append([METHODS[m].label, f"{lr:g}", *cells, f"{mean:.2f}", str(len(some))])
+    return _table(
+        ["method", "lr", *(f"fidelity / drift at {s}" for s in GRID_STEPS), "best balance", "subjects"], rows
+    )
+
+
+# ---------------------------------------------------------------- plots
+
+
+def _colours(methods: list[str]) -> dict[str, tuple[str, str]]:
+    ours = ("#0b5394", "#3d85c6", "#6fa8dc", "#351c75", "#8e7cc3", "#45818e")
+    theirs = ("#cc0000", "#e69138", "#6aa84f", "#7f6000")
+    out: dict[str, tuple[str, str]] = {}
+    for m in methods:
+        own = "(ours)" in METHODS[m].label
+        group = [x for x in out if ("(ours)" in METHODS[x].label) == own]
+        out[m] = (ours if own else theirs)[len(group)], "-" if own else "--"
+    return out
+
+
+def _mean_at(lines: list[Line], method: str, measure: str, step: int) -> float:
+    f = MEASURES[measure][1]
+    if step == 0:
+        return statistics.fmean(f(x["base"], x) for x in _of(lines, method))
+    return statistics.fmean(f(row_at(x, step), x) for x in _of(lines, method))
+
+
+def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Path, title: str) -> None:
+    """Four panels: drift over fidelity, following over fidelity, fidelity and drift over steps. Means over
+    subjects.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    for m, (colour, style) in _colours(methods).items():
+        every = {
+            k: [_mean_at(lines, m, k, s) for s in (0, *steps)]
+            for k in ("fidelity", "drift", "follow", "kept")
+        }
+        look = {
+            "color": colour,
+            "linestyle": style,
+            "marker": "o",
+            "markersize": 3.5,
+            "label": METHODS[m].label,
+        }
+        axes[0, 0].plot(every["fidelity"], every["drift"], **look)
+        axes[0, 1].plot(every["fidelity"], every["follow"], **look)
+        axes[1, 0].plot(steps, every["fidelity"][1:], **look)
+        axes[1, 1].plot(steps, every["drift"][1:], **look)
+    names = (("fidelity", "drift of other captions"), ("fidelity", "follows colour and place, subject recognised"),
+             ("steps", "fidelity"), ("steps", "drift of other captions"))  # fmt: skip
+    for axis, (x, y) in zip(axes.flat, names, strict=True):
+        axis.set(xlabel=x, ylabel=y)
+        axis.grid(alpha=0.25)
+        if x == "steps":
+            axis.set_xscale("log")
+            axis.set_xticks(steps, [str(s) for s in steps], minor=False)
+    axes[0, 0].legend(fontsize=7.5)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def report(lines: list[Line], folder: Path) -> str:
+    """The tables as Markdown; plots go to folder/images. Only runs of the weights that have most of them
+    count.
+    """
+    main = [x for x in lines if x["stage"] == "main"]
+    if not main:
+        return "### Learning rates\n\n" + grid_table(lines)
+    weights = [x["weights"] for x in main]
+    digest = max(sorted(set(weights)), key=weights.count)
+    main = [x for x in main if x["weights"] == digest]
+    methods = [m for m in METHODS if any(x["method"] == m for x in main)]
+    even = balanced(main, methods)
+    pairs = {(x["subject"], x["seed"]) for x in even}
+    seeds = sorted({s for _, s in pairs})
+    names = sorted({s for s, _ in pairs})
+    out = [
+        (
+            f"{len(even)} runs: {len(methods)} methods on the same {len(pairs)} pairs of subject and seed ({len(names)} subjects: "
+            f"{', '.join(names)}; seeds {', '.join(map(str, seeds))}); {len(main) - len(even)} runs without their counterparts are "
+            f"left out. Weights {digest}, batch {main[0]['batch']}. ± is the standard deviation over subjects."
+        )
+    ]
+    for step in STEPS:
+        if step >= 100:
+            out.append(f"### After {step} steps\n\n" + step_table(even, methods, step))
+    for level in LEVELS:
+        out.append(f"### At equal fidelity {level:g}\n\n" + level_table(even, methods, level))
+    plot(
+        even,
+        methods,
+        STEPS,
+        folder / "images" / "evaluation.png",
+        f"{len(names)} subjects, {len(pairs)} runs a method",
+    )
+    long = balanced([x for x in even if row_at(x, LONG_STEPS[-1])], methods)
+    if long:
+        count = len({(x["subject"], x["seed"]) for x in long})
+        out.append(f"### {LONG_STEPS[-1]:,} steps\n\n" + long_table(long, methods))
+        plot(
+            long,
+            methods,
+            LONG_STEPS,
+            folder / "images" / "evaluation-long.png",
+            f"Long runs: {count} a method",
+        )
+    out.append("### Random planes, same angles\n\n" + control_table(even))
+    out.append("### Geometry and time\n\n" + geometry_table(even, methods))
+    out.append("### Learning rates\n\n" + grid_table(lines))
+    return "\n\n".join(out)
+
+
+def write(lines: list[Line], folder: Path) -> None:
+    """Put the tables between the marks of folder/evaluation.md (made if it is not there), and the plots beside
+    it.
+    """
+    path = folder / "evaluation.md"
+    text = path.read_text("utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{path}: the marks '{BEGIN}' and '{END}' are missing")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(f"{before}{BEGIN}\n{report(lines, folder)}\n{END}{after}", "utf-8")
+    part.replace(path)
+    print(f"written: {path}")

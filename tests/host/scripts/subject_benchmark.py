@@ -1,0 +1,293 @@
+"""Checks of benchmarks/subject.py on a model with random weights. Prints one JSON line for each check.
+
+python subject_benchmark.py COMFYUI BENCHMARKS WORK
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+HOST, BENCHMARKS, WORK = (Path(p) for p in sys.argv[1:4])
+os.environ["OFT_HOST_DIR"] = str(HOST)
+sys.argv = sys.argv[:1]
+sys.path.insert(0, str(BENCHMARKS))
+
+import subject
+import subject_metrics as metrics
+import subject_report
+import torch
+from torch import Tensor
+
+from embedded.captions import COLOURS, PLACES, caption
+from embedded.make.transformer import Network, host_class
+from embedded.pictures import cutout, subjects, view
+
+torch.set_num_threads(1)
+CHECKS: list[Callable[[], None]] = []
+check = CHECKS.append
+
+
+def world() -> subject.World:
+    torch.manual_seed(0)
+    core = Network(host_class()).core
+    for p in core.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    parts = {"taesd_encoder": subject.encoder(), "taesd_decoder": subject.decoder()}
+    autoencoder = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    return subject.World(core.state_dict(), autoencoder)
+
+
+WORLD = world()
+OWL = next(s for s in subjects() if s.name == "owl")
+TASK = subject.Task.of(WORLD, OWL, seed=3)
+RATE = 1e-2
+
+
+def space() -> metrics.Known:
+    names = [c.name for c in subject.concepts()]
+    torch.manual_seed(0)
+    encoder = metrics.Encoder().eval().requires_grad_(False)
+    templates = torch.nn.functional.normalize(torch.randn(len(names), metrics.EMBEDDING), dim=1)
+    templates[names.index("owl")] = encoder(metrics.as_tensor([view(cutout(OWL))]))[0]
+    return metrics.Known(encoder, names, templates)
+
+
+@check
+def colours_and_places_are_read_from_known_pictures() -> None:
+    wanted, pictures = [], []
+    for i, s in enumerate(subjects()):
+        colour = [None, *COLOURS][i % (len(COLOURS) + 1)]
+        for place in (None, *PLACES):
+            pictures.append(view(cutout(s), colour=colour, place=place, flip=bool(i % 2)))
+            wanted.append((colour or "white", place or "whole"))
+    pictures = metrics.as_tensor(pictures)
+    found = list(zip(metrics.backgrounds(pictures), metrics.places(pictures), strict=True))
+    wrong = [(a, b) for a, b in zip(found, wanted, strict=True) if a != b]
+    # A few things are as wide as the picture or touch two corners.
+    assert len(wrong) <= 0.04 * len(wanted), wrong
+    assert metrics.places(torch.ones(1, 3, 64, 64)) == ["none"]
+
+
+@check
+def the_own_views_are_nearest_and_mixed_up_labels_are_not() -> None:
+    known = space()
+    own = known.embed(metrics.as_tensor([view(cutout(OWL))]))
+    assert known.nearest(own) == ["owl"]
+    assert known.nearest(-own) != ["owl"]
+    black, white = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
+    assert metrics.rmse(black, white).item() == 1
+    assert abs(metrics.spread(torch.cat([black, white, white])) - 2 / 3) < 1e-6
+
+
+@check
+def the_encoder_learns_and_is_the_same_again() -> None:
+    pictures = torch.stack([torch.full((64, 64, 3), v) for v in (10, 120, 240)]).byte().numpy()
+    labels = torch.tensor([0, 1, 2]).numpy()
+    first, again = (metrics.train_encoder(pictures, labels, steps=6, batch=12) for _ in range(2))
+    x = metrics.as_tensor(pictures)
+    assert torch.equal(first(x), again(x))
+    apart = first(x) @ first(x).T
+    torch.manual_seed(0)
+    untrained = metrics.Encoder()(x)
+    assert apart[0, 2] < (untrained @ untrained.T)[0, 2]
+
+
+@check
+def a_caption_says_what_is_asked_for() -> None:
+    for colour in (None, *COLOURS):
+        for place in (None, *PLACES):
+            text = caption("zwx sea animal", colour, place)
+            assert subject.asked(text) == ("zwx sea animal", colour or "white", place or "whole"), text
+    texts = subject.task_texts(OWL)
+    assert {k: len(v) for k, v in texts.items()} == {"subject": 6, "class": 4, "other": 12, "follow": 12}
+    assert not any("zwx" in t or "owl" in t.split() for t in texts["other"])
+
+
+@check
+def every_method_sees_the_same_data_and_learns() -> None:
+    seen: dict[str, list[Tensor]] = {}
+    original = WORLD.velocity
+    before = WORLD.effective()
+    for name, method in subject.METHODS.items():
+        calls: list[Tensor] = []
+
+        def velocity(x: Tensor, sigma: Tensor, texts: list[str], calls: list[Tensor] = calls) -> Tensor:
+            if texts == ["zwx bird"]:  # class prompts of prior preservation come in between
+                calls.append(torch.cat([x.flatten(), sigma]))
+            return original(x, sigma, texts)
+
+        WORLD.velocity = velocity
+        try:
+            learner = method.make(WORLD, TASK, RATE)
+            learner.advance(2)
+            learner.advance(3)
+        finally:
+            WORLD.velocity = original
+        seen[name] = calls
+        changed = learner.weights()
+        assert set(changed) == set(WORLD.layers)
+        moved = [n for n in WORLD.layers if (changed[n] - before[n]).norm() > 1e-4 * before[n].norm()]
+        assert len(moved) == len(WORLD.layers), (name, moved)
+        after = WORLD.effective()
+        assert all(torch.equal(after[n], before[n]) for n in before), f"{name} left the model changed"
+    for name, calls in seen.items():
+        assert len(calls) == 3, (name, len(calls))
+        assert all(torch.equal(a, b) for a, b in zip(calls, seen["oft32"], strict=True)), name
+    assert not torch.equal(seen["oft32"][0], seen["oft32"][1])
+
+
+@check
+def rotations_keep_the_geometry_and_random_planes_the_angles() -> None:
+    learner = subject.METHODS["oft32"].make(WORLD, TASK, RATE)
+    learner.advance(3)
+    facts = learner.facts()
+    assert facts["orthogonality"] < 1e-6
+    assert 0.5 < facts["angle_max"] < 60
+    learnt, turned = learner.weights(), learner.random_weights()
+    judge = subject.Judge(WORLD, space(), TASK)
+    for weights in (learnt, turned):
+        assert judge.look(weights)[0]["gram"] < 1e-5
+    lora = subject.METHODS["lora4"].make(WORLD, TASK, RATE)
+    lora.advance(3)
+    assert judge.look(lora.weights())[0]["gram"] > 1e-4
+    name = WORLD.layers[0]
+    own = WORLD.effective()[name]
+    far = [(w[name] - own).norm().item() for w in (learnt, turned)]
+    # The same angles move the weight about as far, into another direction.
+    assert 0.5 < far[0] / far[1] < 2
+    assert (learnt[name] - turned[name]).norm() > 0.5 * far[0]
+
+
+@check
+def the_frozen_model_has_no_drift_and_changed_weights_have() -> None:
+    judge = subject.Judge(WORLD, space(), TASK)
+    same, pictures = judge.look({n: w.clone() for n, w in judge.own_weights.items()})
+    assert same["drift"] == 0 and same["gram"] == 0
+    assert torch.equal(pictures, judge.frozen)
+    assert subject.normalised(same["similarity"], {"base": judge.base, "ceiling": judge.ceiling}) == 0
+    other, _ = judge.look({n: 1.5 * w for n, w in judge.own_weights.items()})
+    assert other["drift"] > 0.01
+    assert other["held_loss"] != same["held_loss"]
+
+
+def fake(job: subject.Job) -> dict:
+    # A learner that is perfect from step 100 on, and drifts with its learning rate.
+    good = {"1e-2": 0.2}.get(f"{job.lr:g}", 0.1)
+    names = (
+        "recognised",
+        "leak",
+        "other_right",
+        "colour",
+        "place",
+        "follow",
+        "follow_recognised",
+        "diversity",
+        "held_loss",
+    )
+    rest = dict.fromkeys(names, 0.5)
+    rows = [
+        {"step": s, "similarity": 0.8 if s >= 100 else 0.3, "drift": job.lr * 10 + good, "gram": 0.0, **rest}
+        for s in job.steps
+    ]
+    base = {"similarity": 0.2, "drift": 0.0, **rest}
+    extra = {"orthogonality": 1e-7, "angle_max": 9.0, "angle_rms": 3.0}
+    if job.method == subject.CONTROL:
+        rows = [{**r, **extra} for r in rows]
+    return {
+        "stage": job.stage, "weights": "w", "method": job.method, "lr": job.lr, "subject": job.subject,
+        "seed": job.seed, "batch": job.batch, "ceiling": 0.8, "base": base, "rows": rows,
+        "control": rows if job.method == subject.CONTROL else [], "train_cpu_seconds": 1.0,
+    }  # fmt: skip
+
+
+@check
+def a_stopped_run_goes_on_and_repeats_nothing() -> None:
+    path = WORK / "results.jsonl"
+    path.unlink(missing_ok=True)
+    methods = ("oft32", "lora4", "lora16")
+    subject.work_through(subject.grid_jobs(methods, 2, 1), set(), 5, fake, path)
+    rates = {m: 1e-3 for m in methods}
+    jobs = subject.main_jobs(methods, rates, 4, (0, 1), 1, 1)
+    assert subject.work_through(jobs, set(), 0, fake, path) == len(jobs)
+    ran: list[subject.Job] = []
+
+    def interrupted(job: subject.Job) -> dict:
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        ran.append(job)
+        return fake(job)
+
+    try:
+        subject.work_through(jobs, set(), 5, interrupted, path)
+    except KeyboardInterrupt:
+        with path.open("a", encoding="utf-8") as file:
+            file.write('{"stage": "main", "meth\n')
+    done = {subject.key_of(x) for x in subject.read(path) if x["stage"] == "main"}
+    assert done == {job.key for job in jobs[:5]}
+    assert subject.work_through(jobs, done, 5, fake, path) == 0
+    lines = [x for x in subject.read(path) if x["stage"] == "main"]
+    assert len(lines) == len({subject.key_of(x) for x in lines}) == len(jobs) == 4 * 2 * 3
+    # What is done so far is balanced: all methods of a subject before the next one.
+    assert [j.subject for j in jobs[:6]] == [jobs[0].subject] * 3 + [jobs[3].subject] * 3
+    assert not {j.subject for j in jobs} & set(subject.GRID_SUBJECTS)
+    assert [len(j.steps) for j in jobs].count(len(subject.LONG_STEPS)) == 3
+
+
+@check
+def the_report_counts_what_is_there() -> None:
+    path = WORK / "report.jsonl"
+    path.unlink(missing_ok=True)
+    methods = ("oft32", "lora4", "lora16")
+    subject.work_through(subject.grid_jobs(methods, 2, 1), set(), 5, fake, path)
+    jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 3, (0,), 1, 1)
+    subject.work_through(jobs[:-1], set(), 5, fake, path)
+    folder = WORK / "docs"
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation.md").write_text(
+        f"before\n{subject_report.BEGIN}\nold\n{subject_report.END}\nafter\n"
+    )
+    for _ in range(2):
+        subject_report.write(subject.read(path), folder)
+    text = (folder / "evaluation.md").read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    # The last run is missing, so its subject is left out for all methods.
+    assert "6 runs: 3 methods on the same 2 pairs" in text and "2 runs without their counterparts" in text
+    assert "2 of 2" in text
+    assert (folder / "images" / "evaluation.png").stat().st_size > 5000
+
+
+@check
+def levels_are_found_between_checkpoints_and_rates_by_balance() -> None:
+    line = fake(subject.Job("main", "oft32", 1e-3, "crab", 0, (50, 100)))
+    # Fidelity 1/6 at step 50 and 1 at step 100: 0.5 is reached at 70.
+    at = subject_report.at_level(line, 0.5)
+    assert abs(at["step"] - 70) < 1e-6 and abs(at["fidelity"] - 0.5) < 1e-9
+    assert subject_report.at_level(replace_rows(line, 0.25), 0.5) is None
+    grid = [
+        fake(replace(job, method=m)) for job in subject.grid_jobs(["oft32"], 2, 1) for m in subject.METHODS
+    ]
+    assert subject.chosen_rates(grid)["oft32-match"] == 1e-3
+    try:
+        subject.chosen_rates([])
+    except ValueError as error:
+        assert "oft32" in str(error)
+    else:
+        raise AssertionError("no grid, and no error")
+
+
+def replace_rows(line: dict, similarity: float) -> dict:
+    return {**line, "rows": [{**r, "similarity": similarity} for r in line["rows"]]}
+
+
+for one in CHECKS:
+    try:
+        one()
+        print(json.dumps({"check": one.__name__, "ok": True}), flush=True)
+    except Exception:  # noqa: BLE001 (a check may fail in any way; the trace is the result)
+        print(json.dumps({"check": one.__name__, "ok": False, "detail": traceback.format_exc()}), flush=True)
