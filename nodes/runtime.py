@@ -460,16 +460,18 @@ class _Layer:
             weight, bias = comfy.ops.cast_bias_weight(self.module, x)
         else:
             weight, bias = self.module.weight, self.module.bias
-        with torch.no_grad():
-            kernel = weight.detach().to(torch.float32, copy=True)
-            for e, built in zip(self.entries, self._prepared(x.device, self._built), strict=True):
-                rows = kernel if e.patch.rows is None else kernel.narrow(0, *e.patch.rows)
-                norm = e.as_weight.weights[0][1]
-                apply_swapped_(e.patch.op, rows, e.at, e.patch.swap_halves, rotation=built, base_row_norm=norm)
-        return self.module._conv_forward(x, kernel.to(x.dtype), bias)
+        built = self._prepared(x.device, lambda device: [e.built(device) for e in self.entries])
+        return self.module._conv_forward(x, self.turned(weight, built).to(x.dtype), bias)
 
-    def _built(self, device: torch.device) -> list:
-        return [e.built(device) for e in self.entries]
+    @torch.no_grad()
+    def turned(self, weight: torch.Tensor, built: Sequence[Any]) -> torch.Tensor:
+        """A float32 copy of the layer's weight with all changes made to it. built: of each entry, on the weight's device."""
+        out = weight.detach().to(torch.float32, copy=True)
+        for e, matrices in zip(self.entries, built, strict=True):
+            rows = out if e.patch.rows is None else out.narrow(0, *e.patch.rows)
+            norm = e.as_weight.weights[0][1]
+            apply_swapped_(e.patch.op, rows, e.at, e.patch.swap_halves, rotation=matrices, base_row_norm=norm)
+        return out
 
 
 class _Live:
@@ -560,6 +562,18 @@ def _eject(patcher: Any) -> None:
     if now is not None and now.owner_id == id(patcher):
         now.withdraw()
         del _current[patcher.model]
+
+
+def as_turned(models: Iterable[nn.Module], module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight with what is at present made of its activations; for code that computes with the weight itself.
+
+    models: those to which the layer may belong.
+    """
+    for live in filter(None, map(_current.get, models)):
+        for layer in live.layers:
+            if layer.module is module and live.in_force():
+                return layer.turned(weight, [e.built(weight.device) for e in layer.entries])
+    return weight
 
 
 def _on_detach(patcher: Any, *_: Any) -> None:

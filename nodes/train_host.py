@@ -40,7 +40,7 @@ from ..oft_core.training import (
     checkpointing,
 )
 from ..oft_core.training.layers import plain_weight
-from . import host
+from . import host, runtime
 from .dataset import TrainingSet
 from .train_blocks import blocks_of, copied_input, inputs_kept, plain_attention
 from .train_mode import ordinary_, own_randomness
@@ -256,13 +256,15 @@ class HostModel:
         return (name for name, _ in self.encoders.named_modules())
 
     def _weight_of(self, module: nn.Module) -> torch.Tensor:
-        """A convolution's weight as its forward would use it, patches of a partly loaded model included."""
+        """A convolution's weight as its forward would use it, with patches of a partly loaded model and turned activations."""
         if getattr(module, "weight_function", None):
             weight, _ = comfy.ops.cast_bias_weight(
                 module, dtype=torch.float32, device=self.device, bias_dtype=torch.float32
             )[:2]
-            return weight.detach()
-        return plain_weight(module)
+            weight = weight.detach()
+        else:
+            weight = plain_weight(module)
+        return runtime.as_turned((self.base, self.encoders), module, weight)
 
     @property
     def usual_cfg(self) -> float:

@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from torch import nn
 
+from . import runtime
 
 def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
     """Up to `most` evenly spaced values of a tensor, as bytes."""
@@ -49,5 +50,10 @@ def identity(patcher: Any) -> str:
         for strength, value, strength_model, offset, *_ in patches:
             seen.update(f"{key} {strength} {strength_model} {offset}".encode())
             for part in _tensors(value):
+                seen.update(part)
+    for key, entries in sorted(runtime.live_entries(patcher).items()):
+        for entry in entries:
+            seen.update(f"activations {key} {entry.at} {entry.patch.rows}".encode())
+            for part in _tensors(entry.as_weight):
                 seen.update(part)
     return seen.hexdigest()[:32]

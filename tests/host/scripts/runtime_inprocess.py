@@ -399,16 +399,17 @@ def any_number_in_any_order():
     """Applications, weight patches and LoRAs after one another: as if all were weight patches, in the order of the nodes."""
     model = families.make_model("sd15")
     keys = [k for k in shapes_of(model) if "attn1.to_" in k][:2]
-    files = [adapter_for(model, side, seed=i, want=("attn1.to_",), rows=i == 1) for i, side in enumerate(("out", "in", "out"))]
+    files = [adapter_for(model, side, seed=i, want=("attn1.to_",), rows=i == 1) for i, side in enumerate(("out", "in", "out", "in"))]
     patches = lora(keys, model)
     steps = {
         "a": lambda m, how: applied(files[0], m, how, 0.7).model,
         "b": lambda m, how: applied(files[1], m, how, -0.5).model,
         "c": lambda m, how: applied(files[2], m, how, 1.2, "linear").model,
+        "d": lambda m, how: applied(files[3], m, how, 0.9).model,
         "w": lambda m, how: applied(files[0], m, "weights", 0.4).model,
         "l": lambda m, how: add_lora(m, patches, 0.8),
     }
-    for chain in ("abc", "cba", "lab", "alb", "abl", "awb", "abw", "alblc", "lwalcb", "aabb"):
+    for chain in ("abc", "cba", "lab", "alb", "abl", "awb", "abw", "alblc", "lwalcb", "aabb", "bd", "dlbda"):
         live = merged = model
         for step in chain:
             live, merged = steps[step](live, "activations"), steps[step](merged, "weights")
@@ -552,7 +553,7 @@ def dropped_clones_take_nothing_along():
         assert torch.equal(sampled(node), first)
 
     def meanwhile(apply, args):
-        clone = node.clone()
+        clone = busy.clone()
         clone.model_state_dict()
         del clone
         gc.collect()
@@ -609,6 +610,29 @@ def hooks_of_others():
         node.unpatch_hooks()
         assert torch.equal(layer(x), plain)
     assert torch.equal(layer.weight, weight)
+
+
+@check
+def training_on_top():
+    """What a training run depends on, and the kernels that it computes with itself."""
+    from comfyui_oft.nodes.train_identity import identity
+
+    model = families.make_model("sd15")
+    nodes = [applied(adapter_for(model, seed=i), model, "activations", s).model for i, s in ((0, 1.0), (0, 1.0), (0, 0.5), (4, 1.0))]
+    known = [identity(p) for p in (model, *nodes)]
+    assert known[1] == known[2] and len(set(known)) == 4, known
+    for side in ("in", "out"):
+        adapter = adapter_for(model, side, want=("in_layers.2",))
+        live, merged = (applied(adapter, model, how, 0.7).model for how in ("activations", "weights"))
+        key = next(iter(merged.patches))
+        module = model.model.get_submodule(key.removesuffix(".weight"))
+        with loaded(merged):
+            expected = module.weight.detach().clone()
+        with loaded(live):
+            got = runtime.as_turned((model.model,), module, module.weight)
+            assert got is not module.weight and apart(module.weight, expected) > 1e-2
+        assert apart(got, expected) < 1e-6
+        assert runtime.as_turned((model.model,), module, module.weight) is module.weight
 
 
 # --- quantised weights --------------------------------------------------------------------------------------
