@@ -255,7 +255,7 @@ class OFTTrain(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip=TIPS["out_report"]),
                 io.String.Output(display_name="file_name", tooltip=TIPS["out_name"]),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -267,7 +267,7 @@ class OFTTrain(io.ComfyNode):
                 )
         with train_mode.training_mode():
             plan = make_plan(dataset=dataset, config=config, **knobs)
-            done = Run(plan, dataset, model, clip, vae, cls.hidden.unique_id)()
+            done = Run(plan, dataset, model, clip, vae, cls.hidden.unique_id, cls.hidden.prompt)()
         return io.NodeOutput(
             done.adapter,
             done.samples,

@@ -1,16 +1,25 @@
-"""What a run depends on: a short hash of a model as it is given."""
+"""Which model it is: a short hash of a model as it is given, and the file that it came from where that can be told."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
+import folder_paths
 import torch
 from torch import nn
 
 from . import runtime
+from .train_store import Store
+
+# Folder lists that loaders of diffusion models choose from; the last one is of the community's GGUF loader.
+MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
+
 
 def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
     """Up to `most` evenly spaced values of a tensor, as bytes."""
@@ -57,3 +66,51 @@ def identity(patcher: Any) -> str:
             for part in _tensors(entry.as_weight):
                 seen.update(part)
     return seen.hexdigest()[:32]
+
+
+def model_file(patcher: Any, prompt: Mapping[str, Any] | None, node_id: Any) -> Path | None:
+    """The file that the MODEL at the input `model` of a node was loaded from, or None where that cannot be told.
+
+    ComfyUI gives a node no file. Later hosts note on the patcher how it was loaded; otherwise the graph is followed
+    upwards, through nodes that take a `model`, to a loader with the name of a model file. prompt: the graph as it
+    was queued (API form).
+    """
+    made_by = getattr(patcher, "cached_patcher_init", None)
+    for given in made_by[1] if made_by else ():
+        if isinstance(given, (str, Path)) and os.path.isfile(given):
+            return Path(given)
+    node = (prompt or {}).get(str(node_id))
+    for _ in range(len(prompt or {})):
+        inputs = node.get("inputs", {}) if node else {}
+        link = inputs.get("model")
+        if not isinstance(link, list):
+            return _named_file(inputs)
+        node = prompt.get(str(link[0]))
+    return None
+
+
+def _named_file(inputs: Mapping[str, Any]) -> Path | None:
+    """The model file that one of a loader's inputs names."""
+    for folder in MODEL_FOLDERS:
+        if folder in folder_paths.folder_names_and_paths:
+            for value in inputs.values():
+                found = folder_paths.get_full_path(folder, value) if isinstance(value, str) and value else None
+                if found and os.path.isfile(found):
+                    return Path(found)
+    return None
+
+
+def file_hash(path: Path, store: Store) -> str:
+    """SHA-256 of a file, as 64 hex digits; known again by its path, size and time. May be interrupted."""
+    stat = path.stat()
+    place = store.path("file hash", str(path), stat.st_size, stat.st_mtime_ns)
+    known = store.get(place)
+    if known is None:
+        seen = hashlib.sha256()
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                seen.update(part)
+        known = {"sha256": seen.hexdigest()}
+        store.put(place, known)
+    return known["sha256"]

@@ -27,7 +27,7 @@ from . import folders, train_host, train_mode
 from .dataset import TrainingSet, from_pillow, to_pillow
 from .files import listed, new_file
 from .train_host import HostModel
-from .train_identity import identity
+from .train_identity import file_hash, identity, model_file
 from .train_mode import Stopped
 from .train_plan import Plan
 from .train_store import Store, digest, prune_runs, state_root
@@ -59,8 +59,19 @@ class Outcome:
 class Run:
     """One training run of the node: from inputs to files. Everything it changes on the model is undone."""
 
-    def __init__(self, plan: Plan, dataset: TrainingSet, model: Any, clip: Any, vae: Any, node_id: Any):
+    def __init__(
+        self,
+        plan: Plan,
+        dataset: TrainingSet,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        node_id: Any,
+        prompt: Any = None,
+    ):
         self.plan, self.dataset, self.node_id = plan, dataset, node_id
+        self.base_file = model_file(model, prompt, node_id)
+        self.base_metadata: dict[str, str] = {}
         self.host = HostModel(
             model,
             clip,
@@ -129,6 +140,12 @@ class Run:
             for old in saved_states(states) if states.is_dir() else []:
                 old.unlink()
         self.path = self._file()
+        if self.base_file is not None:
+            self._say(f"Reading the hash of {self.base_file.name}")
+            self.base_metadata = {
+                "ss_sd_model_name": self.base_file.name,
+                "ss_new_sd_model_hash": file_hash(self.base_file, Store(self.store.folder)),
+            }
         plan, host_model = self.plan, self.host
         with train_mode.memory_explained():
             self._say("Encoding pictures and captions")
@@ -305,6 +322,7 @@ class Run:
             "modelspec.prediction_type": trainer.objective.prediction,
             "modelspec.resolution": f"{self.dataset.resolution}x{self.dataset.resolution}",
             "ss_base_model_version": type(base.model_config).__name__,
+            **self.base_metadata,
             "ss_network_module": "oft",
             "ss_steps": str(trainer.step),
             "ss_learning_rate": f"{plan.settings.lr:g}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import threading
 import time
 from pathlib import Path
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 
 from dev.client import Client, Graph, Node, PromptFailed, PromptRejected
 from dev.server import ComfyServer
-from dev.workflows import FAMILIES, Parts, text_to_image, tiny_parts
+from dev.workflows import FAMILIES, Parts, stock_parts, text_to_image, tiny_parts
+from oft_core import load_adapter
 
 PROMPT = "a photo of ohwx"
 
@@ -169,6 +172,27 @@ def test_pictures_over_links_and_saving(host: ComfyServer, client: Client, subje
     node = g.OFT_LoadModelOnly(model=tiny_parts(g, "sd15").model, oft_name=name, strength_model=1.0)
     g.Tiny_SaveWeights(pattern="attn1.to_q", filename="peft", model=node[0])
     assert "PEFT" in client.run(g).text(node)
+
+
+def test_the_file_names_the_model_that_it_was_trained_on(
+    host: ComfyServer, client: Client, models: Path, subject: str
+) -> None:
+    """Found through the graph, past a node that patches the model; a model without a file has none."""
+    g = Graph()
+    parts = stock_parts(g, "sd15")
+    patched = g.ModelSamplingDiscrete(model=parts.model, sampling="eps", zsnr=False)
+    training(g, Parts(patched[0], parts.clip, parts.vae), subject, "http/named", steps=1)
+    client.run(g, timeout=300)
+    metadata = load_adapter(file_of(host, "http/named")).metadata
+    base = models / "checkpoints" / "tiny_sd15.safetensors"
+    assert metadata["ss_sd_model_name"] == base.name
+    assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(base.read_bytes()).hexdigest()
+
+    g = Graph()
+    training(g, tiny_parts(g, "sd15"), subject, "http/unnamed", steps=1)
+    client.run(g)
+    metadata = load_adapter(file_of(host, "http/unnamed")).metadata
+    assert "ss_sd_model_name" not in metadata and len(json.loads(metadata["oft_model"])["model"]) == 32
 
 
 def test_same_graph_again_does_not_train(host: ComfyServer, client: Client, subject: str) -> None:

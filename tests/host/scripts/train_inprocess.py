@@ -8,6 +8,7 @@ Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -65,6 +66,7 @@ if "comfyui_oft" in sys.modules:
         save,
         train_blocks,
         train_host,
+        train_identity,
         train_mode,
         train_plan,
         train_run,
@@ -1103,6 +1105,41 @@ def the_cache_stays_within_its_limit():
     tight.prune()
     assert [p for p in folder.glob("*.safetensors")] == [store.path("text", 1)], "a run lost what it uses"
     raises(TypeError, lambda: train_store.fingerprint([object()]), "object")
+
+
+@check
+def the_base_models_file_is_found():
+    """From the patcher, as later hosts note it, or through the graph; its hash is read once."""
+    folder = Path(folder_paths.get_folder_paths("checkpoints")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.safetensors").write_bytes(b"weights")
+    (Path(folder_paths.get_folder_paths("loras")[0]) / "l.safetensors").write_bytes(b"lora")
+    model = parts("sd15")[0]
+    graph = {
+        "1": {"inputs": {"ckpt_name": "a.safetensors"}},
+        "2": {"inputs": {"model": ["1", 0], "lora_name": "a.safetensors", "strength": 1.0}},
+        "3": {"inputs": {"model": ["2", 0], "name": "x"}},
+        "4": {"inputs": {"text": "a.safetensor"}},
+        "5": {"inputs": {"model": ["4", 0]}},
+        "6": {"inputs": {"model": ["6", 0]}},
+    }
+    find = train_identity.model_file
+    assert find(model, graph, "3") == folder / "a.safetensors" == find(model, graph, 2)
+    assert [find(model, graph, n) for n in ("5", "6", "7")] == [None] * 3 and find(model, None, "3") is None
+    with torch.inference_mode():
+        noted = model.clone()
+    noted.cached_patcher_init = (len, (str(folder / "a.safetensors"), {}))
+    assert find(noted, None, None) == folder / "a.safetensors"
+    fresh_user()
+    store = train_store.Store(train_store.state_root() / "cache")
+    expected = hashlib.sha256(b"weights").hexdigest()
+    with counted((hashlib, "sha256")) as counts:
+        assert train_identity.file_hash(folder / "a.safetensors", store) == expected
+        once = counts[0]
+        assert train_identity.file_hash(folder / "a.safetensors", store) == expected
+        assert counts[0] - once < once and store.found == 1
+    (folder / "a.safetensors").write_bytes(b"other weights")
+    assert train_identity.file_hash(folder / "a.safetensors", store) != expected
 
 
 @check
