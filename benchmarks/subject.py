@@ -1,8 +1,8 @@
-"""Does it teach, and what does it cost? Subjects that the embedded model never saw, taught by several methods.
+"""Does it teach, and what does it cost? Unseen subjects, taught to the embedded model by several methods.
 
-    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --grid        learning rates, on subjects not reported
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --grid        learning rates, on other subjects
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --minutes 60  the runs; goes on where it stopped
-    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --report docs tables and plots from what there is
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --report docs tables and plots of what there is
 
 WORK is the folder of ``python -m embedded.make.pictures`` (its pictures train the encoder that measures).
 Results are lines of WORK/subject/results.jsonl, one for each run; a run that is there is not repeated. All
@@ -61,6 +61,7 @@ GRID_STEPS = (50, 100, 200, 400)
 STEPS = (25, 50, 100, 200, 400)
 LONG_STEPS = (*STEPS, 1000, 2000)
 BATCH = 1  # as OFT_Train has it
+PICTURES = len(TRAIN_VIEWS)
 DRAW_STEPS, CFG = 10, 3.0
 FORWARDS = 128  # sequences in one forward while drawing
 
@@ -154,7 +155,7 @@ class World:
         return out
 
     def draw(self, texts: list[str], noise: Tensor, steps: int = DRAW_STEPS, cfg: float = CFG) -> Tensor:
-        """Latents [N, 16, 8, 8] of texts from noise of that shape: Euler's method over SD3's shifted levels."""
+        """Latents [N, 16, 8, 8] of texts from noise of that shape: Euler's method, SD3's levels."""
         sigmas = shifted(torch.linspace(1, 0, steps + 1), SHIFT).tolist()
         x, count = noise.clone(), len(texts)
         with torch.no_grad():
@@ -176,9 +177,7 @@ class World:
                 self.network.core.get_submodule(name).weight.data = weight
 
     def effective(self) -> dict[str, Tensor]:
-        """The trained layers' weights as their forwards act now: what they answer to the unit vectors, without
-        the bias.
-        """
+        """The trained layers' weights as their forwards act now (answers to unit vectors, no bias)."""
         out = {}
         with torch.no_grad():
             for name in self.layers:
@@ -188,9 +187,20 @@ class World:
         return out
 
 
+def training_views(count: int) -> tuple[tuple[int, int, int, bool], ...]:
+    """The five training views, and more of other sizes and places (never the held-out ones) up to `count`."""
+    rng, out = random.Random(5), list(TRAIN_VIEWS)
+    while len(out) < count:
+        size = rng.randrange(44, 65, 2)
+        view = (size, rng.randint(0, 64 - size), rng.randint(0, 64 - size), rng.random() < 0.5)
+        if view not in out and view not in metrics.HELD_VIEWS:
+            out.append(view)
+    return tuple(out[:count])
+
+
 @dataclass
 class Task:
-    """One subject to teach: latents of its training views and of the held-out ones, [5, 16, 8, 8] each."""
+    """One subject to teach: latents of its training views and of the held-out ones, [N, 16, 8, 8] each."""
 
     subject: Concept
     train: Tensor
@@ -204,10 +214,11 @@ class Task:
         self.records = [Record(str(i), text, (64, 64)) for i in range(len(self.train))]
 
     @classmethod
-    def of(cls, world: World, subject: Concept, seed: int, batch: int = BATCH) -> Task:
-        train, held = (
-            world.encode(metrics.as_tensor(v)) for v in (views(subject), views(subject, metrics.HELD_VIEWS))
-        )
+    def of(
+        cls, world: World, subject: Concept, seed: int, batch: int = BATCH, pictures: int = PICTURES
+    ) -> Task:
+        kinds = (training_views(pictures), metrics.HELD_VIEWS)
+        train, held = (world.encode(metrics.as_tensor(views(subject, kind))) for kind in kinds)
         return cls(subject, train, held, seed, batch)
 
 
@@ -271,7 +282,7 @@ class Ours:
         return self.weights(values)
 
     def facts(self) -> dict[str, float]:
-        """Largest error of R^T R = I, and the largest and the root mean square angle of all planes in degrees."""
+        """Largest error of R^T R = I; the largest and the root mean square angle of all planes, degrees."""
         pieces = [p.op for ops in self.bank.adapter_tensors().values() for p in ops]
         angles = torch.cat([op.angles().flatten() for op in pieces]).abs().rad2deg()
         return {
@@ -282,9 +293,7 @@ class Ours:
 
 
 class Rival:
-    """Another package's adapter in the benchmark's loop: the same order, noise, levels, optimizer and gradient
-    norm.
-    """
+    """Another package's adapter, trained with the same order, noise, levels, optimizer and gradient norm."""
 
     def __init__(self, world: World, task: Task, lr: float, method: Any) -> None:
         self.world, self.task, self.method = world, task, method
@@ -398,7 +407,7 @@ CONTROL = "oft32"  # the method whose rotations are also tried with random plane
 
 @dataclass
 class Judge:
-    """Draws and measures one subject with any weights; keeps the frozen model's own pictures to compare with."""
+    """Draws and measures one subject with any weights, against the frozen model's own pictures."""
 
     world: World
     space: metrics.Known
@@ -505,10 +514,11 @@ class Job:
     seed: int
     steps: tuple[int, ...]
     batch: int = BATCH
+    pictures: int = PICTURES
 
     @property
     def key(self) -> tuple:
-        return (self.method, f"{self.lr:g}", self.subject, self.seed, self.batch)
+        return (self.method, f"{self.lr:g}", self.subject, self.seed, self.batch, self.pictures)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -524,15 +534,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def key_of(line: dict[str, Any]) -> tuple:
     """As `Job.key`."""
-    return (line["method"], f"{line['lr']:g}", line["subject"], line["seed"], line["batch"])
+    names = ("subject", "seed", "batch", "pictures")
+    return (line["method"], f"{line['lr']:g}", *(line[name] for name in names))
 
 
 def grid_jobs(methods: Iterable[str], count: int, batch: int) -> list[Job]:
     """Every learning rate of every method on the first `count` subjects that are kept for it."""
-    return [
-        Job("grid", m, lr, s, 0, GRID_STEPS, batch)
-        for s in GRID_SUBJECTS[:count] for m in methods if not isinstance(METHODS[m].grid, str) for lr in METHODS[m].grid
-    ]  # fmt: skip
+    tried = [(m, lr) for m in methods if not isinstance(METHODS[m].grid, str) for lr in METHODS[m].grid]
+    return [Job("grid", m, lr, s, 0, GRID_STEPS, batch) for s in GRID_SUBJECTS[:count] for m, lr in tried]
 
 
 def reported_subjects() -> list[Concept]:
@@ -542,10 +551,9 @@ def reported_subjects() -> list[Concept]:
 
 
 def main_jobs(
-    methods: Iterable[str], rates: dict[str, float], count: int, seeds: Iterable[int], long: int, batch: int
+    methods: Iterable[str], rates: dict[str, float], count: int, seeds: Iterable[int], long: int, **more: int
 ) -> list[Job]:
-    """All methods for the first subject and seed, then for the next subject, so that what is done so far is
-    balanced.
+    """All methods for the first subject and seed, then for the next subject: what is done is balanced.
 
     Every third subject of the first seed has a long run, until there are `long` of them.
     """
@@ -553,7 +561,7 @@ def main_jobs(
     for seed in seeds:
         for i, s in enumerate(reported_subjects()[:count]):
             steps = LONG_STEPS if i % 3 == 0 and i // 3 < long and seed == 0 else STEPS
-            out += [Job("main", m, rates[m], s.name, seed, steps, batch) for m in methods]
+            out += [Job("main", m, rates[m], s.name, seed, steps, **more) for m in methods]
     return out
 
 
@@ -564,9 +572,7 @@ def balance(row: dict[str, float], line: dict[str, Any]) -> float:
 
 
 def normalised(similarity: float, line: dict[str, Any]) -> float:
-    """Similarity to the held-out views: 0 as the frozen model's pictures of the class, 1 as the training
-    views.
-    """
+    """Similarity to the held-out views: 0 as the frozen model's pictures, 1 as the training views."""
     low = line["base"]["similarity"]
     return (similarity - low) / (line["ceiling"] - low)
 
@@ -597,12 +603,12 @@ def run(
 ) -> dict[str, Any]:
     """Train and measure one job: its line of the results."""
     subject = next(s for s in subjects() if s.name == job.subject)
-    if (job.subject, job.seed, job.batch) not in judges:
+    which = (job.subject, job.seed, job.batch, job.pictures)
+    if which not in judges:
         judges.clear()
-        judges[job.subject, job.seed, job.batch] = Judge(
-            world, space, Task.of(world, subject, job.seed, job.batch)
-        )
-    judge = judges[job.subject, job.seed, job.batch]
+        task = Task.of(world, subject, job.seed, job.batch, job.pictures)
+        judges[which] = Judge(world, space, task)
+    judge = judges[which]
     learner = METHODS[job.method].make(world, judge.task, job.lr)
     rows, control, sheet, seconds = [], [], [judge.frozen], 0.0
     for step in job.steps:
@@ -615,10 +621,12 @@ def run(
         if job.method == CONTROL:
             control.append({"step": step, **judge.look(learner.random_weights())[0]})
     if show is not None:
-        _save_sheet(show / f"{job.stage}-{job.subject}-{job.seed}-{job.method}-{job.lr:g}.png", sheet)
+        name = f"{job.stage}-{job.subject}-{job.seed}-{job.method}-{job.lr:g}-{job.pictures}.png"
+        _save_sheet(show / name, sheet)
     return {
-        "stage": job.stage, "weights": world.digest, "method": job.method, "lr": job.lr, "subject": job.subject, "seed": job.seed,
-        "batch": job.batch, "draw": [DRAW_STEPS, CFG], "pictures": len(TRAIN_VIEWS), "ceiling": round(judge.ceiling, 6),
+        "stage": job.stage, "weights": world.digest, "method": job.method, "lr": job.lr,
+        "subject": job.subject, "seed": job.seed, "batch": job.batch, "pictures": job.pictures,
+        "draw": [DRAW_STEPS, CFG], "ceiling": round(judge.ceiling, 6),
         "base": judge.base, "rows": rows, "control": control, "train_cpu_seconds": round(seconds, 2),
     }  # fmt: skip
 
@@ -631,14 +639,27 @@ def _save_sheet(path: Path, rows: list[Tensor]) -> None:
     Image.fromarray((whole * 255).round().byte().permute(1, 2, 0).numpy()).save(path, optimize=True)
 
 
+def finished(lines: Iterable[dict[str, Any]]) -> dict[tuple, int]:
+    """Key of a run -> how many steps it had."""
+    out: dict[tuple, int] = {}
+    for line in lines:
+        out[key_of(line)] = max(line["rows"][-1]["step"], out.get(key_of(line), 0))
+    return out
+
+
 def work_through(
-    jobs: list[Job], done: set[tuple], minutes: float, run_one: Callable[[Job], dict[str, Any]], results: Path
+    jobs: list[Job],
+    done: dict[tuple, int],
+    minutes: float,
+    run_one: Callable[[Job], dict[str, Any]],
+    results: Path,
 ) -> int:
-    """Run what is not `done`, a line each, and begin nothing that would last beyond `minutes`. Returns what is
-    left.
+    """Run what is not `done` (see `finished`), a line each; begin nothing that would last beyond `minutes`.
+
+    Returns how many runs are left.
     """
     begun, longest = time.monotonic(), {}
-    left = [job for job in jobs if job.key not in done]
+    left = [job for job in jobs if done.get(job.key, 0) < job.steps[-1]]
     while left:
         job = left[0]
         passed = time.monotonic() - begun
@@ -651,8 +672,10 @@ def work_through(
             file.write(json.dumps(line) + "\n")
         left.pop(0)
         last = line["rows"][-1]
-        print(f"{job.stage} {job.subject} {job.method} {job.lr:g}: fidelity {normalised(last['similarity'], line):.2f}, "
-              f"drift {last['drift']:.2f}, follows {last['follow']:.2f}; {took:.0f} s, {len(left)} left", flush=True)  # fmt: skip
+        fidelity = normalised(last["similarity"], line)
+        said = f"fidelity {fidelity:.2f}, drift {last['drift']:.2f}, follows {last['follow']:.2f}"
+        which = f"{job.stage} {job.subject} {job.seed} {job.method} {job.lr:g}"
+        print(f"{which}: {said}; {took:.0f} s, {len(left)} left", flush=True)
     return len(left)
 
 
@@ -668,6 +691,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--long", type=int, default=4, help="how many subjects have runs of 2,000 steps")
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="training views of a subject")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
         "--transformer", type=Path, help="other weights than the shipped ones, with --autoencoder"
@@ -686,8 +710,8 @@ def main() -> None:
         return
     space = metrics.known(options.work, folder)
     right, margin = metrics.retrieval(space)
-    print(f"encoder: {right:.1%} of the unseen subjects' training views know their held-out views among "
-          f"{len(space.names)} concepts; margin {margin:.2f}", flush=True)  # fmt: skip
+    said = f"{right:.1%} of the unseen subjects' training views find their held-out views"
+    print(f"encoder: {said} among {len(space.names)} concepts; margin {margin:.2f}", flush=True)
     if options.transformer:
         from safetensors.torch import load_file
 
@@ -697,15 +721,17 @@ def main() -> None:
     lines = read(results)
     if options.grid:
         jobs = grid_jobs(options.methods, options.grid_subjects, options.batch)
-        done = {key_of(x) for x in lines if x["stage"] == "grid"}
+        done = finished(x for x in lines if x["stage"] == "grid")
     else:
         rates = chosen_rates([x for x in lines if x["batch"] == options.batch])
-        print("learning rates: " + ", ".join(f"{m} {lr:g}" for m, lr in rates.items()))
-        jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, options.batch)
-        done = {key_of(x) for x in lines if x["stage"] == "main" and x["weights"] == world.digest}
+        print("learning rates: " + ", ".join(f"{m} {rates[m]:g}" for m in options.methods))
+        more = {"batch": options.batch, "pictures": options.pictures}
+        jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, **more)
+        done = finished(x for x in lines if x["stage"] == "main" and x["weights"] == world.digest)
     judges: dict[tuple, Judge] = {}
+    sheets = folder / "sheets"
     left = work_through(
-        jobs, done, options.minutes, lambda job: run(job, world, space, judges, folder / "sheets"), results
+        jobs, done, options.minutes, lambda job: run(job, world, space, judges, sheets), results
     )
     print(f"{left} of {len(jobs)} runs are left" if left else f"all {len(jobs)} runs are there")
 

@@ -115,7 +115,7 @@ def train_encoder(
 
 @dataclass
 class Known:
-    """The encoder and a mean embedding for every concept: `names` [n] and `templates` [n, 128], unit vectors."""
+    """The encoder and a mean embedding for every concept: `names` [n], unit vectors `templates` [n, 128]."""
 
     encoder: Encoder
     names: list[str]
@@ -226,7 +226,7 @@ def backgrounds(pictures: Tensor) -> list[str]:
 
 
 def places(pictures: Tensor) -> list[str]:
-    """Where the thing is in each picture: a key of PLACES, "whole" where it is large, "none" where nothing is."""
+    """Where the thing is in each picture: a key of PLACES, "whole" if it is large, "none" if nothing is."""
     names = backgrounds(pictures)
     out = []
     for picture, name in zip(pictures, names, strict=True):

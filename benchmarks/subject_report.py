@@ -1,4 +1,4 @@
-"""Tables and plots of benchmarks/subject.py's results. Every number says how many subjects stand behind it."""
+"""Tables and plots of benchmarks/subject.py's results. Every number comes with its count of subjects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from subject import CONTROL, GRID_STEPS, LONG_STEPS, METHODS, STEPS, balance, normalised
+from subject import (
+    BATCH,
+    CONTROL,
+    GRID_STEPS,
+    LONG_STEPS,
+    METHODS,
+    PICTURES,
+    STEPS,
+    balance,
+    key_of,
+    normalised,
+)
 
 Line = dict[str, Any]
 Row = dict[str, float]
@@ -38,6 +49,16 @@ def balanced(lines: Iterable[Line], methods: Iterable[str]) -> list[Line]:
     for x in lines:
         have.setdefault((x["subject"], x["seed"]), set()).add(x["method"])
     return [x for x in lines if x["method"] in methods and methods <= have[x["subject"], x["seed"]]]
+
+
+def longest(lines: Iterable[Line]) -> list[Line]:
+    """One line for each run: the longest, where a run was repeated with more steps."""
+    out: dict[tuple, Line] = {}
+    for x in lines:
+        key = (x["weights"], x["stage"], *key_of(x))
+        if key not in out or x["rows"][-1]["step"] > out[key]["rows"][-1]["step"]:
+            out[key] = x
+    return list(out.values())
 
 
 def row_at(line: Line, step: int) -> Row | None:
@@ -176,6 +197,29 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
     return _table([*head, "subjects"], rows)
 
 
+def pictures_table(lines: list[Line]) -> str:
+    """Methods also trained with another number of pictures or batch, on the subjects that all have."""
+    rows = []
+    for m in METHODS:
+        groups: dict[tuple[int, int], list[Line]] = {}
+        for x in _of(lines, m):
+            groups.setdefault((x["pictures"], x["batch"]), []).append(x)
+        if len(groups) < 2:
+            continue
+        shared = set.intersection(*({(x["subject"], x["seed"]) for x in some} for some in groups.values()))
+        for (pictures, batch), some in sorted(groups.items()):
+            some = [x for x in some if (x["subject"], x["seed"]) in shared]
+            cells = []
+            for step in (100, 200, 400):
+                at = [(row_at(x, step), x) for x in some]
+                names = ("fidelity", "drift", "follow")
+                means = [statistics.fmean(MEASURES[n][1](r, x) for r, x in at) for n in names]
+                cells.append(" / ".join(f"{v:.2f}" for v in means))
+            rows.append([METHODS[m].label, str(pictures), str(batch), *cells, str(len(some))])
+    steps = (f"fidelity / drift / follows at {s}" for s in (100, 200, 400))
+    return _table(["method", "pictures", "batch", *steps, "runs"], rows) if rows else ""
+
+
 def control_table(lines: list[Line]) -> str:
     mine = [x for x in _of(lines, CONTROL) if x["control"]]
     rows = []
@@ -287,8 +331,12 @@ def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Pa
         axes[0, 1].plot(every["fidelity"], every["follow"], **look)
         axes[1, 0].plot(steps, every["fidelity"][1:], **look)
         axes[1, 1].plot(steps, every["drift"][1:], **look)
-    names = (("fidelity", "drift of other captions"), ("fidelity", "follows colour and place, subject recognised"),
-             ("steps", "fidelity"), ("steps", "drift of other captions"))  # fmt: skip
+    names = (
+        ("fidelity", "drift of other captions"),
+        ("fidelity", "follows colour and place, subject recognised"),
+        ("steps", "fidelity"),
+        ("steps", "drift of other captions"),
+    )
     for axis, (x, y) in zip(axes.flat, names, strict=True):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.25)
@@ -309,23 +357,25 @@ def report(lines: list[Line], folder: Path) -> str:
     """The tables as Markdown; plots go to folder/images. Only runs of the weights that have most of them
     count.
     """
-    main = [x for x in lines if x["stage"] == "main"]
+    lines = longest(lines)
+    every = [x for x in lines if x["stage"] == "main"]
+    main = [x for x in every if x["batch"] == BATCH and x["pictures"] == PICTURES]
     if not main:
         return "### Learning rates\n\n" + grid_table(lines)
     weights = [x["weights"] for x in main]
     digest = max(sorted(set(weights)), key=weights.count)
-    main = [x for x in main if x["weights"] == digest]
+    main, every = ([x for x in part if x["weights"] == digest] for part in (main, every))
     methods = [m for m in METHODS if any(x["method"] == m for x in main)]
     even = balanced(main, methods)
     pairs = {(x["subject"], x["seed"]) for x in even}
     seeds = sorted({s for _, s in pairs})
     names = sorted({s for s, _ in pairs})
+    alone = len(main) - len(even)
     out = [
-        (
-            f"{len(even)} runs: {len(methods)} methods on the same {len(pairs)} pairs of subject and seed ({len(names)} subjects: "
-            f"{', '.join(names)}; seeds {', '.join(map(str, seeds))}); {len(main) - len(even)} runs without their counterparts are "
-            f"left out. Weights {digest}, batch {main[0]['batch']}. ± is the standard deviation over subjects."
-        )
+        f"{len(even)} runs: {len(methods)} methods on the same {len(pairs)} pairs of subject and seed "
+        + f"({len(names)} subjects: {', '.join(names)}; seeds {', '.join(map(str, seeds))}); {alone} runs "
+        + f"without their counterparts are left out. Weights {digest}, batch {BATCH}, {PICTURES} pictures. "
+        + "± is the standard deviation over subjects."
     ]
     for step in STEPS:
         if step >= 100:
@@ -350,6 +400,9 @@ def report(lines: list[Line], folder: Path) -> str:
             folder / "images" / "evaluation-long.png",
             f"Long runs: {count} a method",
         )
+    more = pictures_table(every)
+    if more:
+        out.append("### More pictures\n\n" + more)
     out.append("### Random planes, same angles\n\n" + control_table(even))
     out.append("### Geometry and time\n\n" + geometry_table(even, methods))
     out.append("### Learning rates\n\n" + grid_table(lines))
@@ -357,9 +410,7 @@ def report(lines: list[Line], folder: Path) -> str:
 
 
 def write(lines: list[Line], folder: Path) -> None:
-    """Put the tables between the marks of folder/evaluation.md (made if it is not there), and the plots beside
-    it.
-    """
+    """Put the tables between the marks of folder/evaluation.md (made if not there), the plots beside it."""
     path = folder / "evaluation.md"
     text = path.read_text("utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:

@@ -110,6 +110,14 @@ def a_caption_says_what_is_asked_for() -> None:
 
 
 @check
+def more_pictures_are_other_views_than_the_held_out_ones() -> None:
+    kinds = subject.training_views(20)
+    assert kinds[:5] == metrics.TRAIN_VIEWS and len(set(kinds)) == 20
+    assert not set(kinds) & set(metrics.HELD_VIEWS)
+    assert len(subject.Task.of(WORLD, OWL, 0, pictures=7).records) == 7
+
+
+@check
 def every_method_sees_the_same_data_and_learns() -> None:
     seen: dict[str, list[Tensor]] = {}
     original = WORLD.velocity
@@ -201,7 +209,8 @@ def fake(job: subject.Job) -> dict:
         rows = [{**r, **extra} for r in rows]
     return {
         "stage": job.stage, "weights": "w", "method": job.method, "lr": job.lr, "subject": job.subject,
-        "seed": job.seed, "batch": job.batch, "ceiling": 0.8, "base": base, "rows": rows,
+        "seed": job.seed, "batch": job.batch, "pictures": job.pictures,
+        "ceiling": 0.8, "base": base, "rows": rows,
         "control": rows if job.method == subject.CONTROL else [], "train_cpu_seconds": 1.0,
     }  # fmt: skip
 
@@ -211,10 +220,10 @@ def a_stopped_run_goes_on_and_repeats_nothing() -> None:
     path = WORK / "results.jsonl"
     path.unlink(missing_ok=True)
     methods = ("oft32", "lora4", "lora16")
-    subject.work_through(subject.grid_jobs(methods, 2, 1), set(), 5, fake, path)
+    subject.work_through(subject.grid_jobs(methods, 2, 1), {}, 5, fake, path)
     rates = {m: 1e-3 for m in methods}
-    jobs = subject.main_jobs(methods, rates, 4, (0, 1), 1, 1)
-    assert subject.work_through(jobs, set(), 0, fake, path) == len(jobs)
+    jobs = subject.main_jobs(methods, rates, 4, (0, 1), 1)
+    assert subject.work_through(jobs, {}, 0, fake, path) == len(jobs)
     ran: list[subject.Job] = []
 
     def interrupted(job: subject.Job) -> dict:
@@ -224,12 +233,16 @@ def a_stopped_run_goes_on_and_repeats_nothing() -> None:
         return fake(job)
 
     try:
-        subject.work_through(jobs, set(), 5, interrupted, path)
+        subject.work_through(jobs, {}, 5, interrupted, path)
     except KeyboardInterrupt:
         with path.open("a", encoding="utf-8") as file:
             file.write('{"stage": "main", "meth\n')
-    done = {subject.key_of(x) for x in subject.read(path) if x["stage"] == "main"}
-    assert done == {job.key for job in jobs[:5]}
+    done = subject.finished(x for x in subject.read(path) if x["stage"] == "main")
+    assert done == {job.key: job.steps[-1] for job in jobs[:5]}
+    # A run that is asked for with more steps is run again.
+    longer = [replace(jobs[3], steps=subject.LONG_STEPS)]
+    assert subject.work_through(longer, done, 0, fake, path) == 1
+    assert subject.work_through([jobs[3]], done, 0, fake, path) == 0
     assert subject.work_through(jobs, done, 5, fake, path) == 0
     lines = [x for x in subject.read(path) if x["stage"] == "main"]
     assert len(lines) == len({subject.key_of(x) for x in lines}) == len(jobs) == 4 * 2 * 3
@@ -244,9 +257,9 @@ def the_report_counts_what_is_there() -> None:
     path = WORK / "report.jsonl"
     path.unlink(missing_ok=True)
     methods = ("oft32", "lora4", "lora16")
-    subject.work_through(subject.grid_jobs(methods, 2, 1), set(), 5, fake, path)
-    jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 3, (0,), 1, 1)
-    subject.work_through(jobs[:-1], set(), 5, fake, path)
+    subject.work_through(subject.grid_jobs(methods, 2, 1), {}, 5, fake, path)
+    jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 3, (0,), 1)
+    subject.work_through(jobs[:-1], {}, 5, fake, path)
     folder = WORK / "docs"
     folder.mkdir(exist_ok=True)
     (folder / "evaluation.md").write_text(
