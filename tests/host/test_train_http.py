@@ -80,14 +80,21 @@ def file_of(host: ComfyServer, name: str) -> Path:
     return found[-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("sd15", {"bias": "all", "modules_to_save": "out"}),
+        ("flux", {"use_cayley_neumann": True, "num_cayley_neumann_terms": 7, "bias": "oft_only"}),
+    ],
+)
 def test_a_family_trains_and_its_file_loads(
-    host: ComfyServer, client: Client, subject: str, family: str
+    host: ComfyServer, client: Client, subject: str, family: str, settings: dict
 ) -> None:
     """The adapter in the same run, the file in the loader, and the trainer's own sample are one picture."""
     g = Graph()
     parts = tiny_parts(g, family)
-    train = training(g, parts, subject, f"http/{family}", steps=20)
+    train = training(g, parts, subject, f"http/{family}", steps=20, settings=settings)
 
     def applied(g: Graph, parts: Parts) -> Parts:
         node = g.OFT_Apply(adapter=train[0], model=parts.model, strength_model=1.0, strength_clip=1.0)
