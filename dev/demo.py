@@ -24,7 +24,10 @@ STRENGTHS = (-1.0, 0.0, 0.5, 1.0)
 MODES = ("rotation", "geodesic", "linear", "core")
 OFT_FILE = "demo_oft.safetensors"
 # What the example workflows ask for -> the tiny file that stands in for it.
-STAND_INS = {"checkpoints/sd15.safetensors": "checkpoints/tiny_sd15.safetensors"}
+STAND_INS = {
+    "checkpoints/sd15.safetensors": "checkpoints/tiny_sd15.safetensors",
+    "diffusion_models/sd15_unet.safetensors": "checkpoints/tiny_sd15.safetensors",
+}
 EXAMPLE_OFT_FILE = "my_subject_oft.safetensors"
 EXAMPLE_STYLE_FILE = "my_style_oft.safetensors"  # a second file, other blocks, no text encoder
 EXAMPLE_PICTURES = "my_subject"  # folder of training pictures

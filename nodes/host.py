@@ -41,6 +41,7 @@ from ..oft_core import (
     guess_family,
 )
 from ..oft_core.adapter import apply_swapped_
+from ..oft_core.block_weights import address, counted, factors
 from . import cache, runtime
 
 log = logging.getLogger("oft")
@@ -322,7 +323,8 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
     """
     given = {side.name for side in sides}
     absent = _absent(adapter, given)
-    binding = _bound(adapter, *_names(sides), absent)
+    binding, index = _bound(adapter, *_names(sides), absent)
+    shares, about_blocks = _shares(adapter, binding, index, given)
 
     patches: dict[str, list[tuple[Patch, Strength]]] = {side.name: [] for side in sides}
     notes: list[str] = []
@@ -331,13 +333,13 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
         mine = [p for p in binding.patches if _side_of(p, sides) is side]
         if not mine:
             continue
-        patches[side.name] = [(patch, at) for patch in mine]
+        patches[side.name] = _weighted(mine, at, shares)
         if at.value == 0:
             notes.append(f"{side.words}: strength 0, nothing changed.")
             continue
         with normal_tensors():
-            for patch in mine:
-                patch.op.check_strength(at, module=patch.module, file=adapter.path)
+            for patch, its in patches[side.name]:
+                patch.op.check_strength(its, module=patch.module, file=adapter.path)
         if side.name == "clip" and "model" in given and at != at_model:
             notes.append(f"Text encoders: strength {at.value:g}.")
 
@@ -347,6 +349,7 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
         report = describe(adapter, replace(binding, unmatched=unmatched), at)
     left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
     notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
+    notes += about_blocks
     for warning in report.warnings:
         log.warning("OFT %s: %s", adapter.name, warning)
     return Placed(patches, "\n".join([report.to_text(), *notes]), tuple(report.warnings))
@@ -379,6 +382,32 @@ def apply(
 def runtime_notes(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = runtime.AUTO) -> list[str]:
     """Lines for the report on what `patched` does with weights and what with activations."""
     return list(runtime.plan(side.patcher.model, placed, how, side.words).notes)
+
+
+def _shares(
+    adapter: Adapter, binding: Binding, index: HostIndex, given: set[str]
+) -> tuple[dict[int, float], list[str]]:
+    """Factor of each patch's strength by the adapter's block strengths (id of patch -> factor), and lines about it.
+
+    Raises `BlockError` for blocks that this model does not have.
+    """
+    if adapter.blocks is None:
+        return {}, []
+    places = [(patch.key, patch.rows) for patch in binding.patches]
+    parts = {"unet" if name == "model" else "te" for name in given}
+    share = factors(adapter.blocks, index, places, parts=parts)
+    notes = [f"Strength by block ({adapter.blocks}): {counted(share)}."]
+    idle = adapter.blocks.idle(at for place in places if (at := address(index, *place)) is not None)
+    if idle:
+        notes.append(f"The file has no layer in: {', '.join(idle)}.")
+    return dict(zip(map(id, binding.patches), share, strict=True)), notes
+
+
+def _weighted(
+    patches: Iterable[Patch], at: Strength, shares: Mapping[int, float]
+) -> list[tuple[Patch, Strength]]:
+    """Each patch with its strength: the slider times its block's factor."""
+    return [(patch, replace(at, value=at.value * shares.get(id(patch), 1.0))) for patch in patches]
 
 
 def _side_of(patch: Patch, sides: list[Side]) -> Side:
@@ -460,9 +489,9 @@ def _called(family: str) -> str:
 
 
 # The last bindings: their layers keep spectra, which make the next strength or mode of the same file cheap.
-_bindings: OrderedDict[tuple[int, int], tuple[Adapter, Binding]] = OrderedDict()
+_bindings: OrderedDict[tuple[int, int], tuple[Adapter, Binding, HostIndex]] = OrderedDict()
 _bindings_lock = threading.Lock()
-KEPT_BINDINGS = 4
+KEPT_BINDINGS = 8
 
 
 def _bound(
@@ -470,20 +499,22 @@ def _bound(
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, Target],
     absent: Mapping[str, str],
-) -> Binding:
+) -> tuple[Binding, HostIndex]:
     """The file's layers placed on the model. Raises `ModelMismatch` if the file is for something else."""
-    key = (id(adapter), hash(tuple(shapes.items())))
+    # The layers, not the adapter: another text of block strengths makes another adapter with the same layers.
+    key = (id(adapter.entries), hash(tuple(shapes.items())))
     with _bindings_lock:
         if key in _bindings:
             _bindings.move_to_end(key)
-            return _bindings[key][1]
+            return _bindings[key][1:]
+    index = HostIndex(shapes, aliases)
     with normal_tensors():
-        binding = _place(adapter, HostIndex(shapes, aliases), absent)
+        binding = _place(adapter, index, absent)
     with _bindings_lock:
-        _bindings[key] = (adapter, binding)  # the adapter too, so that its id stays its own
+        _bindings[key] = (adapter, binding, index)  # the adapter too, so that the id stays its layers' own
         while len(_bindings) > KEPT_BINDINGS:
             _bindings.popitem(last=False)
-    return binding
+    return binding, index
 
 
 def _place(adapter: Adapter, index: HostIndex, absent: Mapping[str, str]) -> Binding:

@@ -67,6 +67,12 @@ class OFTSave(io.ComfyNode):
     def execute(
         cls, adapter: Adapter, name, dialect, precision, folder, model=None, clip=None
     ) -> io.NodeOutput:
+        if adapter.blocks is not None:
+            raise ConfigError(
+                "A file has no place for strengths by block",
+                found=str(adapter.blocks),
+                hint="Connect the adapter as it is before OFT Block Strengths.",
+            )
         root = folder_paths.get_folder_paths(folders.FOLDER)[0]
         path = new_file(name, folder_paths.get_output_directory() if folder == "output" else root)
         with host.normal_tensors():

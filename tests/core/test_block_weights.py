@@ -45,6 +45,7 @@ def test_number_lists() -> None:
     w = BlockWeights.parse("double.1+4-6+9=0")
     assert [n for n in range(12) if w.factor(at("double", n)) == 0] == [1, 4, 5, 6, 9]
     assert w.factor(at("single", 4)) == 1
+    assert BlockWeights.parse("te1.0=0").factor(at("te1")) == 1, "a text encoder's embeddings are in no layer"
 
 
 SAME = "all=0, output.3-5=1, middle/attention=-0.5, te1.0+2=1.25"

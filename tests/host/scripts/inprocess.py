@@ -797,7 +797,7 @@ def entry_point_and_schemas():
     nodes = {n.GET_SCHEMA().node_id: n for n in asyncio.run(extension.get_node_list())}
     assert list(nodes) == [
         *("OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter", "OFT_Apply"),
-        *("OFT_Stack", "OFT_ApplyStack"),
+        *("OFT_Stack", "OFT_ApplyStack", "OFT_Blocks"),
         *("OFT_Dataset", "OFT_Train", "OFT_TrainConfig", "OFT_Save"),
     ]
     translations = {
