@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -28,6 +28,7 @@ from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
 from ..oft_core.activations import Change, Pipeline, arriving_delta, map_vectors, terms_of
 from ..oft_core.adapter import apply_swapped_
 from . import cache
+from .track import Track
 
 log = logging.getLogger("oft")
 
@@ -226,11 +227,20 @@ def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: st
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One change of one layer: what and how strongly, and the same as a weight patch of ComfyUI."""
+    """One change of one layer: what and how strongly, and the same as a weight patch of ComfyUI.
+
+    follows: the track whose factor multiplies the strength, None for a strength that stays.
+    """
 
     patch: Patch
-    at: Strength
+    full: Strength
     as_weight: Any
+    follows: Track | None = None
+
+    @property
+    def at(self) -> Strength:
+        """The strength at this moment."""
+        return self.full if self.follows is None else replace(self.full, value=self.full.value * self.follows.now)
 
     @property
     def base_norm(self) -> torch.Tensor | None:
@@ -251,7 +261,7 @@ class Entry:
     def for_host(self) -> tuple:
         """The entry of ComfyUI's patch list that does the same to the weight."""
         offset = None if self.patch.rows is None else (0, *self.patch.rows)
-        return (self.at.value, self.as_weight, 1.0, offset, None)
+        return (self.full.value, self.as_weight, 1.0, offset, None)
 
 
 class Application(PatcherInjection):
@@ -307,6 +317,7 @@ def _on_clone(_: Any, patcher: Any) -> None:
     patcher.is_injected = False
     if not isinstance(patcher.patches, OrderedPatches):
         patcher.patches = OrderedPatches(patcher.patches, patcher)
+    _guard_saving(patcher)
 
 
 class OrderedPatches(dict):
@@ -347,13 +358,32 @@ def _in_order(key: str, patches: list[tuple], apps: Iterable[Application]) -> li
 
 def _on_load(patcher: Any, device: Any = None, budget: Any = 0, force_patch_weights: bool = False, *_: Any) -> None:
     """ComfyUI forces weights to be patched in order to save them. Loaders that always do so have a `load` of their own."""
-    if force_patch_weights and type(patcher).load.__module__.startswith("comfy.") and (layers := live_entries(patcher)):
+    if force_patch_weights and type(patcher).load.__module__.startswith("comfy."):
+        _refuse_saving(patcher)
+
+
+def _refuse_saving(patcher: Any) -> None:
+    if layers := live_entries(patcher):
         raise AdapterError(
             "The model cannot be saved with this OFT file in it, because the file is applied while the model runs",
             found=f"activations of {len(layers)} layers are turned, for instance of {next(iter(layers))}",
             expected="a file applied to the weights",
             hint="Set 'runtime' to 'weights' in the OFT node. Quantised weights are then rounded again.",
         )
+
+
+def _guard_saving(patcher: Any) -> None:
+    """Later hosts save without forcing patches; all their save nodes ask the patcher for its state dict by this method."""
+    name = "model_state_dict_for_saving"
+    if not hasattr(type(patcher), name):
+        return
+    owner = weakref.ref(patcher)
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        _refuse_saving(owner())
+        return getattr(type(owner()), name)(owner(), *args, **kwargs)
+
+    setattr(patcher, name, asked)
 
 
 # --- putting it into the layers' forwards -------------------------------------------------------------------
@@ -365,8 +395,10 @@ class _Layer:
     def __init__(self, module: nn.Module, entries: Sequence[Entry], rows: int):
         self.module, self.entries, self.rows = module, tuple(entries), rows
         self.kind = kind_of(module, "weight")
-        self.whole_kernel = self.kind == CONV and any(map(self._turns_kernel, self.entries))
+        packed_bias = _gguf_type(getattr(module, "bias", None)) is not None
+        self.whole_kernel = self.kind == CONV and (packed_bias or any(map(self._turns_kernel, self.entries)))
         self.made: dict[torch.device, Any] = {}
+        self.strengths: tuple[float, ...] = ()
 
     def _turns_kernel(self, entry: Entry) -> bool:
         """Convolutions whose patches of the picture are rotated together, not their channels at each point alone."""
@@ -377,13 +409,16 @@ class _Layer:
         return not pointwise and (op.side == "in" or op.col_scale is not None)
 
     def __call__(self, original: Callable, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-        if hasattr(x, "_layout_params"):  # a quantised input of ComfyUI's
+        if hasattr(x, "_qdata"):  # a quantised input of ComfyUI's
             x = x.dequantize()
         device = x.device.type
         mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
+        def callers() -> Any:
+            return contextlib.nullcontext() if mixed is None else torch.autocast(device, mixed)
+
         def layer(v: torch.Tensor) -> torch.Tensor:
-            with contextlib.nullcontext() if mixed is None else torch.autocast(device, mixed):
+            with callers():
                 return original(v, *args, **kwargs)
 
         with torch.autocast(device, enabled=False):
@@ -393,7 +428,9 @@ class _Layer:
                     y = map_vectors(y, terms)
                 return y
             if self.whole_kernel:
-                return self._with_kernel(x)
+                kernel, bias = self._kernel(x)
+                with callers():
+                    return self.module._conv_forward(x, kernel, bias)
             axis, plain = (-1, 2) if self.kind == LINEAR else (1, len(self.module.kernel_size) + 2)
             batch = x if x.ndim >= plain else x.unsqueeze(0)
             pipeline = self._prepared(x.device, lambda device: self._pipeline(device, layer, x.dtype))
@@ -401,6 +438,9 @@ class _Layer:
             return y if x.ndim >= plain else y.squeeze(0)
 
     def _prepared(self, device: torch.device, make: Callable[[torch.device], Any]) -> Any:
+        strengths = tuple(e.at.value for e in self.entries)
+        if strengths != self.strengths:  # a schedule has moved on; what was made for another strength is not kept
+            self.made, self.strengths = {}, strengths
         if device not in self.made:
             with torch.inference_mode(False), torch.no_grad():
                 self.made[device] = make(device)
@@ -448,8 +488,8 @@ class _Layer:
             bias = change(bias.clone())
         return bias
 
-    def _with_kernel(self, x: torch.Tensor) -> torch.Tensor:
-        """The convolution with its kernel turned for this one call, in float32 and rounded once to the input's dtype.
+    def _kernel(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A convolution's kernel turned for this one call, in float32 and rounded once to the input's dtype; and its bias.
 
         Exact, with nothing stored; costs one rotation of the kernel a call.
         """
@@ -461,7 +501,7 @@ class _Layer:
         else:
             weight, bias = self.module.weight, self.module.bias
         built = self._prepared(x.device, lambda device: [e.built(device) for e in self.entries])
-        return self.module._conv_forward(x, self.turned(weight, built).to(x.dtype), bias)
+        return self.turned(weight, built).to(x.dtype), bias
 
     @torch.no_grad()
     def turned(self, weight: torch.Tensor, built: Sequence[Any]) -> torch.Tensor:
@@ -512,10 +552,11 @@ class _Live:
         self.undo = []
 
     def _wrap(self, layer: _Layer, original: Callable) -> Callable:
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             if not self.in_force():
-                return original(x, *args, **kwargs)
-            return layer(original, x, args, kwargs)
+                return original(*args, **kwargs)
+            x = args[0] if args else kwargs.pop(next(iter(kwargs)))
+            return layer(original, x, args[1:], kwargs)
 
         return forward
 
