@@ -53,6 +53,7 @@ from oft_core.training import (
     Trainer,
     TrainSettings,
 )
+from oft_core.training.loop import _CLASS_SLOTS as CLASS_SLOTS
 from oft_core.training.objective import per_sample_error, shifted
 
 SHIFT = 3.0  # of SD3's noise levels, in training as in drawing
@@ -92,6 +93,13 @@ def task_texts(subject: Concept) -> dict[str, list[str]]:
     return {"subject": [own] * 6, "class": [subject.kind] * 4, "other": others, "follow": follow}
 
 
+def other_things(subject: Concept, count: int) -> list[str]:
+    """Names of known things that `task_texts` does not ask for: what a prior can be matched on."""
+    asked_for = {asked(t)[0] for t in task_texts(subject)["other"]}
+    names = [c.name for c in concepts() if not c.held and c.name not in asked_for]
+    return random.Random(f"prior {subject.name}").sample(names, count)
+
+
 def asked(text: str) -> tuple[str, str, str]:
     """A caption's (name, background, place): "red apple", "white", "whole" where nothing else is said."""
     text, _, place = text.partition(", ")
@@ -121,7 +129,8 @@ class World:
             own = {k[len(name) + 1 :]: v.float() for k, v in autoencoder.items() if k.startswith(name)}
             part.load_state_dict(own)
             part.requires_grad_(False).eval()
-        texts = sorted({t for s in subjects() for part in task_texts(s).values() for t in part} | set(more))
+        texts = {t for s in subjects() for part in task_texts(s).values() for t in part}
+        texts = sorted(texts | {c.name for c in concepts()} | set(more))
         self.number = {"": 0, **{text: i + 1 for i, text in enumerate(texts)}}
         self.captions = Captions(texts)
         self.layers = [c.name for c in OFTConfig().select(self.network.core).layers]
@@ -233,7 +242,10 @@ def objective() -> Objective:
 class Ours:
     """The pack's own engine, as OFT_Train uses it."""
 
-    def __init__(self, world: World, task: Task, lr: float, config: OFTConfig, prior: str = "none") -> None:
+    def __init__(
+        self, world: World, task: Task, lr: float, config: OFTConfig, prior: str = "none", others: int = 0
+    ) -> None:
+        """`others`: so many known things (not those of the measurements) are matched beside the class word."""
         self.world, self.task = world, task
         core = world.network.core
         self.bank = RotationBank({"unet": (core, config.select(core))}, seed=task.seed)
@@ -241,7 +253,8 @@ class Ours:
         kind = task.subject.kind
         class_records = []
         if prior == "match":
-            class_records = [Record("class", kind, (0, 0), role="class")]
+            texts = [kind, *other_things(task.subject, others)]
+            class_records = [Record(f"class {i}", text, (0, 0), role="class") for i, text in enumerate(texts)]
         elif prior == "pictures":
             class_records = [Record(f"class {i}", kind, (64, 64), role="class") for i in range(16)]
             noise = torch.randn(16, 16, 8, 8, generator=torch.Generator().manual_seed(task.seed))
@@ -295,8 +308,10 @@ class Ours:
 class Rival:
     """Another package's adapter, trained with the same order, noise, levels, optimizer and gradient norm."""
 
-    def __init__(self, world: World, task: Task, lr: float, method: Any) -> None:
+    def __init__(self, world: World, task: Task, lr: float, method: Any, match: bool = False) -> None:
+        """`match`: prior preservation as our engine does it, with the frozen model's answer to the class word."""
         self.world, self.task, self.method = world, task, method
+        self.match = [Record("class", task.subject.kind, (0, 0), role="class")] * task.batch if match else []
         settings = TrainSettings()
         self.clip = settings.clip
         self.optimizer = torch.optim.AdamW(method.parameters, lr=lr, weight_decay=settings.weight_decay)
@@ -305,17 +320,26 @@ class Rival:
         self.step = 0
 
     def advance(self, until: int) -> None:
-        with self.method.install():
-            while self.step < until:
-                records = self.order.batch(self.step)
-                latents = torch.stack([self.task.train[int(r.name)] for r in records])
-                noised = self.objective.noised(latents, self.task.seed, self.step, range(len(records)))
-                answer = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in records])
-                per_sample_error(answer, self.objective.target(noised)).mean().backward()
-                nn.utils.clip_grad_norm_(self.method.parameters, self.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.step += 1
+        while self.step < until:
+            records = self.order.batch(self.step)
+            latents = torch.stack([self.task.train[int(r.name)] for r in records])
+            slots = range(len(records))
+            parts = [(self.objective.noised(latents, self.task.seed, self.step, slots), records, None)]
+            if self.match:
+                slots = range(CLASS_SLOTS, CLASS_SLOTS + len(records))
+                noised = self.objective.noised(latents, self.task.seed, self.step, slots)
+                with torch.no_grad():
+                    target = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in self.match])
+                parts.append((noised, self.match, target))
+            with self.method.install():
+                for noised, some, target in parts:
+                    answer = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in some])
+                    target = self.objective.target(noised) if target is None else target
+                    per_sample_error(answer, target).mean().backward()
+            nn.utils.clip_grad_norm_(self.method.parameters, self.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
 
     def weights(self) -> dict[str, Tensor]:
         with self.method.install():
@@ -325,7 +349,7 @@ class Rival:
         return {}
 
 
-def _lora(rank: int) -> Callable[[World, Task, float], Rival]:
+def _lora(rank: int, match: bool = False) -> Callable[[World, Task, float], Rival]:
     def make(world: World, task: Task, lr: float) -> Rival:
         from peft import LoraConfig
 
@@ -334,7 +358,7 @@ def _lora(rank: int) -> Callable[[World, Task, float], Rival]:
         method = peft_method(
             SimpleNamespace(model=world.network.core, targets=world.layers), f"LoRA {rank}", config
         )
-        return Rival(world, task, lr, method)
+        return Rival(world, task, lr, method, match)
 
     return make
 
@@ -370,8 +394,8 @@ def _lycoris(world: World, task: Task, lr: float) -> Rival:
     )
 
 
-def _ours(prior: str = "none", **config: Any) -> Callable[[World, Task, float], Ours]:
-    return lambda world, task, lr: Ours(world, task, lr, OFTConfig(**config), prior)
+def _ours(prior: str = "none", others: int = 0, **config: Any) -> Callable[[World, Task, float], Ours]:
+    return lambda world, task, lr: Ours(world, task, lr, OFTConfig(**config), prior, others)
 
 
 @dataclass(frozen=True)
@@ -396,6 +420,7 @@ METHODS: dict[str, Method] = {
     ),
     "lora4": Method("LoRA rank 4 (PEFT)", _lora(4), LORA_RATES),
     "lora16": Method("LoRA rank 16 (PEFT)", _lora(16), LORA_RATES),
+    "lora16-match": Method("LoRA rank 16 + prior match", _lora(16, match=True), "lora16"),
     "core": Method("OFT (ComfyUI core)", _core, WEIGHT_RATES),
     "lycoris": Method("Diag-OFT (LyCORIS)", _lycoris, WEIGHT_RATES),
 }
