@@ -5,6 +5,7 @@ Everything lies in the user folder. What was used longest ago goes first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -112,10 +113,10 @@ class Store:
         """Delete what was used longest ago until the limit is kept; what this run uses stays. Returns the bytes freed."""
         if not self.folder.is_dir():
             return 0
-        for rest in self.folder.glob("*.part"):
-            if time.time() - rest.stat().st_mtime > 3600:
+        for rest, stat in _files(self.folder, "*.part"):
+            if time.time() - stat.st_mtime > 3600:
                 rest.unlink(missing_ok=True)  # left by a kill
-        files = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*.safetensors"))
+        files = sorted((s.st_mtime, s.st_size, p) for p, s in _files(self.folder, "*.safetensors"))
         total, freed = sum(size for _, size, _ in files), 0
         for _, size, path in files:
             if total - freed <= self.limit:
@@ -142,17 +143,28 @@ def past_runs(root: Path) -> list[Past]:
     for folder in root.iterdir() if root.is_dir() else ():
         if not (folder.is_dir() and re.fullmatch(r"[0-9a-f]{24}", folder.name)):
             continue
-        files = [(p, p.stat()) for p in folder.rglob("*") if p.is_file()]
+        files = _files(folder, "**/*")
         complete = {_steps_of(p) for p in folder.glob(RESULT)}
         open_ends = [
             states[0]
-            for place in (folder, *(p for p in folder.iterdir() if p.is_dir()))
+            for place in {path.parent for path, _ in files}
             if (states := saved_states(place)) and int(states[0].stem.rpartition("-")[2]) not in complete
         ]
-        used = max((s.st_mtime for _, s in files), default=folder.stat().st_mtime)
+        # A folder without files may be of a run that begins at this moment elsewhere.
+        used = max((s.st_mtime for _, s in files), default=time.time())
         finished = bool(complete) and not open_ends
         out.append(Past(folder, finished, used, sum(s.st_size for _, s in files)))
     return sorted(out, key=lambda run: run.last_used, reverse=True)
+
+
+def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
+    """Files that match, with their sizes and times; not those that another process removes meanwhile."""
+    out = []
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                out.append((path, path.stat()))
+    return out
 
 
 def _steps_of(result: Path) -> int | None:

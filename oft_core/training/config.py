@@ -249,6 +249,8 @@ class OFTConfig:
             notes.append("alpha_pattern has no effect: OFT has no alpha.")
         if not self.coft and self.eps != type(self).eps:
             notes.append("eps has no effect without coft.")
+        if not self.init_weights:
+            notes.append("init_weights is off: training begins at random rotations, not at the model as it is.")
         if self.side == "output":
             notes.append("Output-side rotations mix rows, so the lengths of neurons are not kept.")
         if self.coft and self.angle_cap is not None and self.angle_cap < 180:
