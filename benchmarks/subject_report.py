@@ -25,6 +25,7 @@ from subject import (
 Line = dict[str, Any]
 Row = dict[str, float]
 BEGIN, END = "<!-- tables of benchmarks/subject.py -->", "<!-- end of the tables -->"
+LONG_MEASURES = ("fidelity", "drift", "kept", "leak", "carried", "follow")
 LEVELS = (0.5, 0.7)  # of fidelity, at which methods are compared
 REFERENCE = "lora16"
 
@@ -33,7 +34,8 @@ MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
     "recognised": ("recognised", lambda r, x: r["recognised"]),
     "drift": ("drift", lambda r, x: r["drift"]),
     "kept": ("others right", lambda r, x: r["other_right"]),
-    "leak": ("leak", lambda r, x: normalised(r["leak"], x)),
+    "leak": ("leak", lambda r, x: normalised(r["leak"], x, "leak")),
+    "carried": ("carried over", lambda r, x: normalised(r["carried"], x, "carried")),
     "follow": ("follows", lambda r, x: r["follow"]),
     "colour": ("colour", lambda r, x: r["colour"]),
     "place": ("place", lambda r, x: r["place"]),
@@ -139,7 +141,7 @@ def step_table(lines: list[Line], methods: list[str], step: int) -> str:
 
 def level_table(lines: list[Line], methods: list[str], level: float) -> str:
     rows = []
-    names = ("drift", "kept", "leak", "follow", "diversity")
+    names = ("drift", "kept", "leak", "carried", "follow", "diversity")
     reference = {
         name: per_subject(_of(lines, REFERENCE), lambda x, n=name: (at_level(x, level) or {}).get(n))
         for name in names
@@ -152,7 +154,7 @@ def level_table(lines: list[Line], methods: list[str], level: float) -> str:
         for name in names:
             values = per_subject(mine, lambda x, n=name: (at_level(x, level) or {}).get(n))
             cells.append(spread(values.values()))
-            if name in ("drift", "follow"):
+            if name in ("drift", "carried"):
                 both = [values[s] - reference[name][s] for s in values if s in reference[name]]
                 if m == REFERENCE or len(both) < 3:
                     differences.append("-")
@@ -167,7 +169,7 @@ def level_table(lines: list[Line], methods: list[str], level: float) -> str:
         "step (median)",
         *(MEASURES[n][0] for n in names),
         "drift − LoRA 16",
-        "follows − LoRA 16",
+        "carried over − LoRA 16",
     ]
     return _table(head, rows)
 
@@ -181,7 +183,7 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
             continue
         best = per_subject(mine, lambda x: max(normalised(r["similarity"], x) for r in x["rows"]))
         cells = []
-        for name in ("fidelity", "drift", "kept", "leak", "follow", "diversity"):
+        for name in LONG_MEASURES:
             f = MEASURES[name][1]
             cells += [
                 spread(per_subject(mine, lambda x, f=f, s=s: f(row_at(x, s), x)).values())
@@ -189,11 +191,7 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
             ]
         rows.append([METHODS[m].label, spread(best.values()), *cells, str(len(best))])
     head = ["method", "best fidelity"]
-    head += [
-        f"{MEASURES[n][0]} {s}"
-        for n in ("fidelity", "drift", "kept", "leak", "follow", "diversity")
-        for s in (200, last)
-    ]
+    head += [f"{MEASURES[n][0]} {s}" for n in LONG_MEASURES for s in (200, last)]
     return _table([*head, "subjects"], rows)
 
 
@@ -212,11 +210,11 @@ def pictures_table(lines: list[Line]) -> str:
             cells = []
             for step in (100, 200, 400):
                 at = [(row_at(x, step), x) for x in some]
-                names = ("fidelity", "drift", "follow")
+                names = ("fidelity", "drift", "carried")
                 means = [statistics.fmean(MEASURES[n][1](r, x) for r, x in at) for n in names]
                 cells.append(" / ".join(f"{v:.2f}" for v in means))
             rows.append([METHODS[m].label, str(pictures), str(batch), *cells, str(len(some))])
-    steps = (f"fidelity / drift / follows at {s}" for s in (100, 200, 400))
+    steps = (f"fidelity / drift / carried over at {s}" for s in (100, 200, 400))
     return _table(["method", "pictures", "batch", *steps, "runs"], rows) if rows else ""
 
 
@@ -289,7 +287,7 @@ def grid_table(lines: list[Line]) -> str:
 
 def _colours(methods: list[str]) -> dict[str, tuple[str, str]]:
     ours = ("#0b5394", "#3d85c6", "#6fa8dc", "#351c75", "#8e7cc3", "#45818e")
-    theirs = ("#cc0000", "#e69138", "#6aa84f", "#7f6000")
+    theirs = ("#cc0000", "#e69138", "#f1a7c0", "#6aa84f", "#7f6000")
     out: dict[str, tuple[str, str]] = {}
     for m in methods:
         own = "(ours)" in METHODS[m].label
@@ -306,9 +304,7 @@ def _mean_at(lines: list[Line], method: str, measure: str, step: int) -> float:
 
 
 def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Path, title: str) -> None:
-    """Four panels: drift over fidelity, following over fidelity, fidelity and drift over steps. Means over
-    subjects.
-    """
+    """Drift and carrying over against fidelity, fidelity and drift over steps; means over subjects."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -316,10 +312,7 @@ def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Pa
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     for m, (colour, style) in _colours(methods).items():
-        every = {
-            k: [_mean_at(lines, m, k, s) for s in (0, *steps)]
-            for k in ("fidelity", "drift", "follow", "kept")
-        }
+        every = {k: [_mean_at(lines, m, k, s) for s in (0, *steps)] for k in ("fidelity", "drift", "carried")}
         look = {
             "color": colour,
             "linestyle": style,
@@ -328,12 +321,12 @@ def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Pa
             "label": METHODS[m].label,
         }
         axes[0, 0].plot(every["fidelity"], every["drift"], **look)
-        axes[0, 1].plot(every["fidelity"], every["follow"], **look)
+        axes[0, 1].plot(every["fidelity"], every["carried"], **look)
         axes[1, 0].plot(steps, every["fidelity"][1:], **look)
         axes[1, 1].plot(steps, every["drift"][1:], **look)
     names = (
         ("fidelity", "drift of other captions"),
-        ("fidelity", "follows colour and place, subject recognised"),
+        ("fidelity", "carried over to backgrounds and places"),
         ("steps", "fidelity"),
         ("steps", "drift of other captions"),
     )

@@ -195,6 +195,7 @@ def fake(job: subject.Job) -> dict:
         "place",
         "follow",
         "follow_recognised",
+        "carried",
         "diversity",
         "held_loss",
     )
