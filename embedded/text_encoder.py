@@ -14,15 +14,27 @@ import torch
 from torch import Tensor
 
 SEED = 20240
-WIDTH, HEADLESS, VOCABULARY, POSITIONS, LAYERS = 768, 3072, 49408, 77, 12
+WIDTH, HIDDEN, VOCABULARY, POSITIONS, LAYERS = 768, 3072, 49408, 77, 12
 BEGIN, END = 49406, 49407  # CLIP's marks of begin and end; the latter also fills up
 
 
+def _uniform(random: np.random.RandomState, rows: int, columns: int, deviation: float = 1.0) -> Tensor:
+    """Values around 0, made from whole numbers: the same bits on every machine. float16 [rows, columns]."""
+    out = torch.empty(rows, columns, dtype=torch.float16)
+    for start in range(0, rows, 256):  # in pieces, for the sake of memory
+        part = out[start : start + 256]
+        raw = np.frombuffer(random.bytes(2 * part.numel()), "<u2").astype(np.float32)
+        raw -= np.float32(32767.5)
+        raw *= np.float32(deviation * 12**0.5 / 65536)
+        part.copy_(torch.from_numpy(raw).view(part.shape))
+    return out
+
+
 def token_table() -> Tensor:
-    """Vectors of all tokens, float16 [49408, 768]. The frozen legacy generator gives the same everywhere."""
-    table = np.random.RandomState(SEED).standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+    """Vectors of all tokens, float16 [49408, 768]."""
+    table = _uniform(np.random.RandomState(SEED), VOCABULARY, WIDTH)
     table[[BEGIN, END]] *= 0.1
-    return torch.from_numpy(table).half()
+    return table
 
 
 def pooled(rows: Tensor) -> Tensor:
@@ -33,13 +45,24 @@ def pooled(rows: Tensor) -> Tensor:
 
 
 def state_dict() -> dict[str, Tensor]:
-    """The whole encoder as float16 tensors (about 250 MB) under CLIP's own names."""
+    """The whole encoder as float16 tensors (about 250 MB) under CLIP's own names. Layers 0 to 10 are equal."""
     random = np.random.RandomState(SEED + 1)
 
     def matrix(rows: int, columns: int) -> Tensor:
-        values = random.standard_normal((rows, columns)).astype(np.float32) / np.sqrt(columns)
-        return torch.from_numpy(values).half()
+        return _uniform(random, rows, columns, columns**-0.5)
 
+    first = {
+        **{f"self_attn.{n}_proj": matrix(WIDTH, WIDTH) for n in ("q", "k", "v", "out")},
+        "mlp.fc1": matrix(HIDDEN, WIDTH),
+        "mlp.fc2": matrix(WIDTH, HIDDEN),
+    }
+    for name in ("self_attn.v_proj", "mlp.fc1"):
+        first[name][1::2] = 0
+    for name in ("self_attn.out_proj", "mlp.fc2"):
+        first[name][:, ::2] = 0
+    # The last layer attends to every token so far equally: their mean.
+    equal = {"q": 0, "k": 0, "v": 1, "out": 4}
+    last = {**first, **{f"self_attn.{n}_proj": gain * torch.eye(WIDTH).half() for n, gain in equal.items()}}
     out = {
         "text_model.embeddings.token_embedding.weight": token_table(),
         "text_model.embeddings.position_embedding.weight": torch.zeros(POSITIONS, WIDTH).half(),
@@ -49,21 +72,8 @@ def state_dict() -> dict[str, Tensor]:
     }
     for layer in range(LAYERS):
         prefix = f"text_model.encoder.layers.{layer}."
-        parts = {
-            **{f"self_attn.{n}_proj": matrix(WIDTH, WIDTH) for n in ("q", "k", "v", "out")},
-            "mlp.fc1": matrix(HEADLESS, WIDTH),
-            "mlp.fc2": matrix(WIDTH, HEADLESS),
-        }
-        parts["mlp.fc1"][1::2] = 0
-        parts["mlp.fc2"][:, ::2] = 0
-        if layer < LAYERS - 1:
-            parts["self_attn.v_proj"][1::2] = 0
-            parts["self_attn.out_proj"][:, ::2] = 0
-        else:  # equal attention to every token so far: their mean
-            for name, value in (("q", 0), ("k", 0), ("v", 1), ("out", 4)):
-                parts[f"self_attn.{name}_proj"] = value * torch.eye(WIDTH).half()
-        for name, weight in parts.items():
-            out[f"{prefix}{name}.weight"] = weight
+        for name, weight in (first if layer < LAYERS - 1 else last).items():
+            out[f"{prefix}{name}.weight"] = weight.clone()
             out[f"{prefix}{name}.bias"] = torch.zeros(len(weight)).half()
         for name in ("layer_norm1", "layer_norm2"):
             out[f"{prefix}{name}.weight"] = torch.ones(WIDTH).half()

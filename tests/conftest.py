@@ -1,6 +1,6 @@
-"""Makes `oft_core` and `dev` importable from any test.
+"""Makes `oft_core`, `dev` and `embedded` importable from any test.
 
-Only these two names are offered, not the repository folder: with that on sys.path, our `nodes` package would
+Only these names are offered, not the repository folder: with that on sys.path, our `nodes` package would
 hide ComfyUI's module of that name from the tests that import ComfyUI.
 """
 
@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 class _RepoPackages:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return PathFinder.find_spec(name, [str(REPO)]) if name in ("oft_core", "dev") else None
+        return PathFinder.find_spec(name, [str(REPO)]) if name in ("oft_core", "dev", "embedded") else None
 
 
 sys.meta_path.insert(0, _RepoPackages)

@@ -4,7 +4,7 @@
 
 writes WORK/autoencoder.safetensors (float32) and WORK/latents.npy (float16, [N, 16, 8, 8], one for each picture).
 Convolutions run in bfloat16, everything that is kept in float32. ``--decoder-only`` goes on with the decoder alone
-on fixed latents, beside stage 3. Seeded; bit-identical only on the same kind of processor.
+on fixed latents, beside stage 3, and writes WORK/autoencoder_tuned.safetensors. Seeded; bit-identical only on the same kind of processor.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(int(options.decoder_only))
     pictures = torch.from_numpy(np.load(options.work / "pictures.npy"))
     held = torch.from_numpy(np.load(options.work / "held.npy")).permute(0, 3, 1, 2).float().div(255)
-    path = options.work / "autoencoder.safetensors"
+    source = options.work / "autoencoder.safetensors"
+    path = options.work / "autoencoder_tuned.safetensors" if options.decoder_only else source
     parts = {"taesd_encoder": encoder(), "taesd_decoder": decoder()}
     nn.init.constant_(parts["taesd_decoder"][-1].bias, 0.5)
     if options.decoder_only:
-        weights = load_file(path)
+        weights = load_file(source)
         for name, net in parts.items():
             net.load_state_dict({k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name)})
         parts["taesd_encoder"].requires_grad_(False)
@@ -90,11 +91,13 @@ def main() -> None:
         progress = step / options.steps
         x = picture_batch(pictures, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            z = encode(x)
+            with torch.set_grad_enabled(not options.decoder_only):
+                z = encode(x)
             noise = 0.12 * torch.rand(BATCH, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
             y = decode(z + noise)
         z, y = z.float(), y.float()
-        loss = difference(y, x, 4.0 if progress > 0.5 else 1.0)
+        # The decoder alone is tuned for squared error: that is what its noise ratio is measured by.
+        loss = difference(y, x, 20.0 if options.decoder_only else 4.0 if progress > 0.5 else 1.0)
         if not options.decoder_only:
             mean, std = z.mean((0, 2, 3)), z.var((0, 2, 3)).add(1e-6).sqrt()
             loss = loss + 0.05 * (mean.pow(2).mean() + (std - 1).pow(2).mean())
