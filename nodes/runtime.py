@@ -80,12 +80,17 @@ def stored_as(module: Any) -> str | None:
         return None
     if type(weight).__module__.partition(".")[0] == "bitsandbytes":
         return f"bitsandbytes {type(weight).__name__}"
-    if type(weight) not in (torch.Tensor, nn.Parameter):
+    if _keeps_numbers_its_own_way(type(weight)):
         layout = getattr(weight, "_layout_type", None) or getattr(weight, "_layout_cls", None)
         return f"quantised, {layout or type(weight).__name__}"
     if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
         return "scaled fp8" if getattr(module, "scale_weight", None) is not None else "fp8"
     return None if weight.is_floating_point() else f"packed as {weight.dtype}"
+
+
+def _keeps_numbers_its_own_way(kind: type) -> bool:
+    """Whether a class of tensors has its own storage, as quantised ones do; not if it only adds attributes."""
+    return any("__torch_dispatch__" in c.__dict__ for c in itertools.takewhile(lambda c: c is not torch.Tensor, kind.__mro__))
 
 
 def _patchable(module: Any) -> bool:
@@ -483,7 +488,7 @@ class _Layer:
         if cast is not None:
             weight, bias = cast(x)[:2]
         elif hasattr(self.module, "comfy_cast_weights"):
-            weight, bias = comfy.ops.cast_bias_weight(self.module, x)
+            weight, bias = comfy.ops.cast_bias_weight(self.module, x)[:2]
         else:
             weight, bias = self.module.weight, self.module.bias
         built = self._prepared(x.device, lambda device: [e.built(device) for e in self.entries])

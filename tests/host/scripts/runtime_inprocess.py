@@ -822,6 +822,15 @@ def unquantised_models_keep_weight_patches():
         done = applied(adapter_for(model), model, "auto")
         assert not turned(done.model) and done.model.patches and "ctivations" not in done.report
 
+    class Marked(torch.nn.Parameter):
+        """A parameter that only carries something more."""
+
+    layer = torch.nn.Linear(4, 4)
+    assert runtime.stored_as(layer) is None
+    layer.weight = Marked(layer.weight.detach())
+    assert type(layer.weight) is Marked and runtime.stored_as(layer) is None
+    assert runtime.stored_as(quantised("mixed precision")[0].model.linear) is not None
+
 
 # --- saving -------------------------------------------------------------------------------------------------
 
