@@ -1,4 +1,4 @@
-"""Turned activations in a running ComfyUI, over HTTP: pictures against weight patches and against baked models."""
+"""Turned activations in a running ComfyUI, over HTTP: pictures against weight patches and baked models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def modules_of(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tup
     }
 
 
-def make_oft(modules: dict[str, tuple[int, ...]], side: str, seed: int = 0, block: int = 8) -> dict[str, torch.Tensor]:
+def make_oft(
+    modules: dict[str, tuple[int, ...]], side: str, seed: int = 0, block: int = 8
+) -> dict[str, torch.Tensor]:
     """Random LyCORIS (out) or OneTrainer (in) tensors, angles of some ten degrees."""
     out = {}
     for i, (name, shape) in enumerate(modules.items(), seed):
@@ -79,7 +81,10 @@ def files(client: Client, host: ComfyServer, models: Path, oft_dir: Path) -> dic
             base, prefix = STOCK[family]
             shapes = shapes_in(models / f"{base}.safetensors")
         modules = modules_of(shapes, prefix)
-        for name, side in ((family, SIDES[family]), (f"{family}2", {"in": "out", "out": "in"}[SIDES[family]])):
+        for name, side in (
+            (family, SIDES[family]),
+            (f"{family}2", {"in": "out", "out": "in"}[SIDES[family]]),
+        ):
             names[name] = f"runtime/{name}.safetensors"
             save_file(make_oft(modules, side, seed=len(name)), oft_dir / names[name])
         if family == "sd3":
@@ -108,7 +113,11 @@ def oft(name: str, strength: float = 1.0, runtime: str | None = None, **more: ob
 def lora(name: str, strength: float = 1.0):
     def add(g: Graph, parts: Parts) -> Parts:
         node = g.LoraLoader(
-            model=parts.model, clip=parts.clip, lora_name=name, strength_model=strength, strength_clip=strength
+            model=parts.model,
+            clip=parts.clip,
+            lora_name=name,
+            strength_model=strength,
+            strength_clip=strength,
         )
         return Parts(node[0], node[1], parts.vae)
 
@@ -205,28 +214,37 @@ def test_text_encoders(client: Client, oft_dir: Path, files: dict[str, str]) -> 
     stem = "lora_te_text_model_encoder_layers_{}_self_attn_{}_proj"
     modules = {stem.format(i, p): (768, 768) for i in range(4) for p in ("q", "k", "v", "out")}
     save_file(make_oft(modules, "out"), oft_dir / "runtime" / "text.safetensors")
-    seen = [picture(client, "sd15", oft("runtime/text.safetensors", 1.0, how)) for how in ("activations", "weights")]
+    seen = [
+        picture(client, "sd15", oft("runtime/text.safetensors", 1.0, how))
+        for how in ("activations", "weights")
+    ]
     assert far(*seen) <= 2 and far(seen[0], picture(client, "sd15")) > 2
 
 
 # --- quantised models ---------------------------------------------------------------------------------------
 
 
-def baked_from(host: ComfyServer, models: Path, adapter: str, state: dict[str, torch.Tensor], name: str) -> str:
+def baked_from(
+    host: ComfyServer, models: Path, adapter: str, state: dict[str, torch.Tensor], name: str
+) -> str:
     """A float32 model file: the adapter merged into `state` by the command line."""
     folder = host.models / "diffusion_models"
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / f"{name}_base.safetensors"
     save_file(state, base)
     out = folder / f"{name}.safetensors"
-    assert main(["merge", str(host.models / "oft" / adapter), str(base), "-o", str(out), "--dtype", "fp32"]) == 0
+    assert (
+        main(["merge", str(host.models / "oft" / adapter), str(base), "-o", str(out), "--dtype", "fp32"]) == 0
+    )
     base.unlink()
     return out.name
 
 
 @pytest.mark.parametrize("kind", ["fp8", "scaled"])
-def test_fp8_models(client: Client, host: ComfyServer, models: Path, files: dict[str, str], kind: str) -> None:
-    """Nothing is rounded again: the picture is that of the file merged in float32 into what the fp8 model means."""
+def test_fp8_models(
+    client: Client, host: ComfyServer, models: Path, files: dict[str, str], kind: str
+) -> None:
+    """Nothing is rounded again: the picture of the file merged in float32 into what the fp8 model means."""
     state = load_file(models / "diffusion_models" / "tiny_sd3.safetensors")
     matrices = {k for k, v in state.items() if v.ndim == 2 and k.endswith(".weight")}
     fp8 = torch.float8_e4m3fn
@@ -307,7 +325,9 @@ def test_saving(client: Client, host: ComfyServer, files: dict[str, str]) -> Non
     assert far(again, plain) > 3
 
 
-def test_saving_text_encoders(client: Client, host: ComfyServer, oft_dir: Path, files: dict[str, str]) -> None:
+def test_saving_text_encoders(
+    client: Client, host: ComfyServer, oft_dir: Path, files: dict[str, str]
+) -> None:
     modules = {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1": (3072, 768) for i in range(6)}
     save_file(make_oft(modules, "out"), oft_dir / "runtime" / "text_saved.safetensors")
     g = Graph()

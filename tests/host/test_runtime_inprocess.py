@@ -1,4 +1,4 @@
-"""Turned activations inside a real ComfyUI process (tests/host/scripts/runtime_inprocess.py), all checks in one process."""
+"""Turned activations inside a real ComfyUI process (tests/host/scripts/runtime_inprocess.py)."""
 
 from __future__ import annotations
 

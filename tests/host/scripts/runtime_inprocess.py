@@ -78,7 +78,7 @@ def named(key):
 
 
 def tensors_for(shapes, side="out", seed=0, block=8, std=0.1, rows=False):
-    """LyCORIS (out) or OneTrainer (in) tensors for parameters {key: shape}; rows: with row scales of their dialect."""
+    """LyCORIS (out) or OneTrainer (in) tensors for {key: shape}; rows: with row scales of their dialect."""
     out = {}
     for i, (key, shape) in enumerate(shapes.items()):
         length = shape[0] if side == "out" else math.prod(shape[1:])
@@ -98,19 +98,36 @@ def tensors_for(shapes, side="out", seed=0, block=8, std=0.1, rows=False):
     return out
 
 
-WANT = ("attn1.to_", "attn2.to_", "ff.net", "proj_in", "proj_out", "in_layers.2", "emb_layers.1", ".op.", "qkv", "linear", "mlp")
+WANT = (
+    "attn1.to_",
+    "attn2.to_",
+    "ff.net",
+    "proj_in",
+    "proj_out",
+    "in_layers.2",
+    "emb_layers.1",
+    ".op.",
+    "qkv",
+    "linear",
+    "mlp",
+)
 
 
 def shapes_of(patcher, want=WANT):
     return {
         k: shape
         for k, shape in host._shapes(patcher).items()
-        if k.startswith("diffusion_model.") and k.endswith(".weight") and len(shape) in (2, 4) and any(w in k for w in want)
+        if k.startswith("diffusion_model.")
+        and k.endswith(".weight")
+        and len(shape) in (2, 4)
+        and any(w in k for w in want)
     }
 
 
 def adapter_for(patcher, side="out", seed=0, want=WANT, **more):
-    return read_tensors(tensors_for(shapes_of(patcher, want), side, seed, **more), {}, name="test.safetensors")
+    return read_tensors(
+        tensors_for(shapes_of(patcher, want), side, seed, **more), {}, name="test.safetensors"
+    )
 
 
 def applied(adapter, model, how, s=1.0, mode="rotation", clip=None):
@@ -170,7 +187,12 @@ def same(a, b, what=""):
 def inputs_of(family, seed=3):
     """Arguments of a diffusion model's forward."""
     channels = families.LATENT_CHANNELS[family]
-    widths = {"sd15": (77, 768, None), "sdxl": (77, 2048, 2816), "sd3": (77, 4096, 2048), "flux": (16, 4096, 768)}
+    widths = {
+        "sd15": (77, 768, None),
+        "sdxl": (77, 2048, 2816),
+        "sd3": (77, 4096, 2048),
+        "flux": (16, 4096, 768),
+    }
     tokens, width, pooled = widths[family]
     args = {"context": numbers(2, tokens, width, seed=seed + 1)}
     if pooled:
@@ -263,25 +285,53 @@ def special(model):
         weight = model.model.state_dict()[at]
         left = {f"{name}.oft_R.weight": numbers(n // 8, 28) * 0.02}
         out[f"DoRA on the base's norms, {what}"] = (
-            {**left, f"{name}.dora_scale": 1.5 * weight.flatten(1).norm(dim=1, keepdim=True)}, at)
+            {**left, f"{name}.dora_scale": 1.5 * weight.flatten(1).norm(dim=1, keepdim=True)},
+            at,
+        )
         out[f"DoRA on the arriving norms, {what}"] = (
-            {**left, f"{name}.lora_magnitude_vector.weight": 1.5 * weight.flatten(1).norm(dim=1)}, at)
+            {**left, f"{name}.lora_magnitude_vector.weight": 1.5 * weight.flatten(1).norm(dim=1)},
+            at,
+        )
         out[f"column factors, {what}"] = (
-            {**left, f"{name}.dora_log_multiplier_col": 0.2 * numbers(n, seed=2)}, at)
+            {**left, f"{name}.dora_log_multiplier_col": 0.2 * numbers(n, seed=2)},
+            at,
+        )
         out[f"difference beside it, {what}"] = (
-            {f"{name}.oft_blocks": numbers(shape[0] // 8, 8, 8) * 0.02, f"{name}.alpha": torch.tensor(1.0),
-             f"{name}.diff_b": numbers(shape[0], seed=3)}, at)
+            {
+                f"{name}.oft_blocks": numbers(shape[0] // 8, 8, 8) * 0.02,
+                f"{name}.alpha": torch.tensor(1.0),
+                f"{name}.diff_b": numbers(shape[0], seed=3),
+            },
+            at,
+        )
         out[f"BOFT, {what}"] = (
-            {f"{name}.oft_blocks": numbers(3, shape[0] // 8, 8, 8) * 0.05, f"{name}.alpha": torch.tensor(0.0)}, at)
+            {
+                f"{name}.oft_blocks": numbers(3, shape[0] // 8, 8, 8) * 0.05,
+                f"{name}.alpha": torch.tensor(0.0),
+            },
+            at,
+        )
         out[f"PEFT BOFT, {what}"] = (
-            {f"base_model.model.{at.removeprefix('diffusion_model.').removesuffix('.weight')}.boft_R":
-             numbers(3, n // 4, 4, 4) * 0.05,
-             f"base_model.model.{at.removeprefix('diffusion_model.').removesuffix('.weight')}.boft_s": torch.ones(shape[0], 1)},
-            at)
+            {
+                f"base_model.model.{at.removeprefix('diffusion_model.').removesuffix('.weight')}.boft_R": numbers(
+                    3, n // 4, 4, 4
+                )
+                * 0.05,
+                f"base_model.model.{at.removeprefix('diffusion_model.').removesuffix('.weight')}.boft_s": torch.ones(
+                    shape[0], 1
+                ),
+            },
+            at,
+        )
     name, shape = named(key), tuple(model.model.state_dict()[key].shape)
     out["DoKr-OFT"] = (
-        {f"{name}.oft_R.weight": numbers(shape[1] // 8, 28) * 0.02, f"{name}.lokr_w1": numbers(4, 4, seed=4) * 0.1,
-         f"{name}.lokr_w2": numbers(shape[0] // 4, shape[1] // 4, seed=5) * 0.1}, key)
+        {
+            f"{name}.oft_R.weight": numbers(shape[1] // 8, 28) * 0.02,
+            f"{name}.lokr_w1": numbers(4, 4, seed=4) * 0.1,
+            f"{name}.lokr_w2": numbers(shape[0] // 4, shape[1] // 4, seed=5) * 0.1,
+        },
+        key,
+    )
     return out
 
 
@@ -318,18 +368,27 @@ def dora_after_a_lora():
 @check
 def fused_slices_and_swapped_halves():
     model = families.make_model("flux")
-    qkv, ada = "diffusion_model.double_blocks.0.img_attn.qkv.weight", "diffusion_model.final_layer.adaLN_modulation.1.weight"
+    qkv, ada = (
+        "diffusion_model.double_blocks.0.img_attn.qkv.weight",
+        "diffusion_model.final_layer.adaLN_modulation.1.weight",
+    )
     for side in ("out", "in"):
         tensors = {}
-        for i, part in enumerate(("transformer_blocks_0_attn_to_q", "transformer_blocks_0_attn_to_v", "norm_out_linear")):
+        for i, part in enumerate(
+            ("transformer_blocks_0_attn_to_q", "transformer_blocks_0_attn_to_v", "norm_out_linear")
+        ):
             rows = 128 if part.startswith("norm") else 64
             if side == "out":
                 tensors[f"lycoris_{part}.oft_blocks"] = numbers(rows // 8, 8, 8, seed=i) * 0.1
                 tensors[f"lycoris_{part}.alpha"] = torch.tensor(0.0)
                 tensors[f"lycoris_{part}.rescale"] = 1 + 0.2 * numbers(rows, 1, seed=i).tanh()
             else:
-                tensors[f"lora_{part}.oft_R.weight".replace("lora_", "lora_transformer_")] = numbers(8, 28, seed=i) * 0.02
-                tensors[f"lora_{part}.dora_scale".replace("lora_", "lora_transformer_")] = 2 + 0.5 * numbers(rows, 1, seed=i).tanh()
+                tensors[f"lora_{part}.oft_R.weight".replace("lora_", "lora_transformer_")] = (
+                    numbers(8, 28, seed=i) * 0.02
+                )
+                tensors[f"lora_{part}.dora_scale".replace("lora_", "lora_transformer_")] = (
+                    2 + 0.5 * numbers(rows, 1, seed=i).tanh()
+                )
         adapter = read_tensors(tensors, {}, name="test")
         for s in (1.0, -0.6):
             live, merged = (applied(adapter, model, how, s).model for how in ("activations", "weights"))
@@ -350,7 +409,10 @@ def encoders(family):
 def embeddings():
     clip = encoders("sd15")
     key = "clip_l.transformer.text_model.embeddings.token_embedding.weight"
-    tensors = {"base_model.model.text_model.embeddings.token_embedding.oft_embedding_R.weight": numbers(96, 28) * 0.05}
+    tensors = {
+        "base_model.model.text_model.embeddings.token_embedding.oft_embedding_R.weight": numbers(96, 28)
+        * 0.05
+    }
     adapter = read_tensors(tensors, {}, name="test", config={"peft_type": "OFT", "oft_block_size": 8})
     live, merged = (applied(adapter, None, how, 0.7, clip=clip).clip for how in ("activations", "weights"))
     assert set(merged.patcher.patches) == {key} and turned(live.patcher) == 1
@@ -373,14 +435,19 @@ def text_encoders():
             for i, p in enumerate(("self_attn_q_proj", "mlp_fc1")):
                 name = f"{stem}_text_model_encoder_layers_{layer}_{p}"
                 n = 768 if i == 0 else 256
-                tensors |= {f"{name}.oft_blocks": numbers(n // 8, 8, 8, seed=i) * 0.1, f"{name}.alpha": torch.tensor(0.0)}
+                tensors |= {
+                    f"{name}.oft_blocks": numbers(n // 8, 8, 8, seed=i) * 0.1,
+                    f"{name}.alpha": torch.tensor(0.0),
+                }
         adapter = read_tensors(tensors, {}, name="test")
 
         def said(one):
             return one.encode_from_tokens(one.tokenize("a red cat on a table"), return_pooled=True)
 
         plain = said(clip)
-        live, merged = (applied(adapter, None, how, 0.7, clip=clip).clip for how in ("activations", "weights"))
+        live, merged = (
+            applied(adapter, None, how, 0.7, clip=clip).clip for how in ("activations", "weights")
+        )
         assert turned(live.patcher) == 4 and not live.patcher.patches
         got, expected = said(live), said(merged)
         for one, other in zip(got, expected, strict=True):
@@ -396,10 +463,13 @@ def text_encoders():
 
 @check
 def any_number_in_any_order():
-    """Applications, weight patches and LoRAs after one another: as if all were weight patches, in the order of the nodes."""
+    """Applications, weight patches and LoRAs: as if all were weight patches, in the order of the nodes."""
     model = families.make_model("sd15")
     keys = [k for k in shapes_of(model) if "attn1.to_" in k][:2]
-    files = [adapter_for(model, side, seed=i, want=("attn1.to_",), rows=i == 1) for i, side in enumerate(("out", "in", "out", "in"))]
+    files = [
+        adapter_for(model, side, seed=i, want=("attn1.to_",), rows=i == 1)
+        for i, side in enumerate(("out", "in", "out", "in"))
+    ]
     patches = lora(keys, model)
     steps = {
         "a": lambda m, how: applied(files[0], m, how, 0.7).model,
@@ -462,7 +532,9 @@ def order_that_cannot_be_kept_is_told():
 def sampled(patcher, seed=1):
     conds = [[numbers(1, 77, 768, seed=5), {"pooled_output": None}]]
     noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), seed)
-    return comfy.sample.sample(patcher, noise, 2, 3.0, "euler", "normal", conds, conds, torch.zeros(1, 4, 8, 8), seed=seed)
+    return comfy.sample.sample(
+        patcher, noise, 2, 3.0, "euler", "normal", conds, conds, torch.zeros(1, 4, 8, 8), seed=seed
+    )
 
 
 @check
@@ -541,7 +613,7 @@ def exception_in_the_middle_of_sampling():
 
 @check
 def dropped_clones_take_nothing_along():
-    """A clone of a loaded patcher is made and dropped, as caches of the executor do, also while its parent samples."""
+    """A clone of a loaded patcher is made and dropped, as by the executor, also while its parent samples."""
     model = families.make_model("sd15")
     node = applied(adapter_for(model), model, "activations").model
     first = sampled(node)
@@ -589,7 +661,7 @@ def memory_is_given_back():
 
 @check
 def hooks_of_others():
-    """A LoRA hook changes weights in the middle of sampling; the activations stay turned meanwhile, and are built once."""
+    """A LoRA hook changes weights while sampling; the activations stay turned, and are built once."""
     model = families.make_model("sd15")
     keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
     node = applied(adapter_for(model, want=("attn1.to_",)), model, "activations").model
@@ -618,7 +690,10 @@ def training_on_top():
     from comfyui_oft.nodes.train_identity import identity
 
     model = families.make_model("sd15")
-    nodes = [applied(adapter_for(model, seed=i), model, "activations", s).model for i, s in ((0, 1.0), (0, 1.0), (0, 0.5), (4, 1.0))]
+    nodes = [
+        applied(adapter_for(model, seed=i), model, "activations", s).model
+        for i, s in ((0, 1.0), (0, 1.0), (0, 0.5), (4, 1.0))
+    ]
     known = [identity(p) for p in (model, *nodes)]
     assert known[1] == known[2] and len(set(known)) == 4, known
     for side in ("in", "out"):
@@ -671,7 +746,11 @@ def quantised(kind, rows=96, columns=256, dtype=None):
         layer = ops.Linear(columns, rows, device="cpu", dtype=dtype)
         scale = true.abs().max() / 448
         net = Net(layer)
-        state = {"weight": (true / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "bias": bias.to(dtype)}
+        state = {
+            "weight": (true / scale).to(torch.float8_e4m3fn),
+            "weight_scale": scale,
+            "bias": bias.to(dtype),
+        }
         net.load_state_dict({f"linear.{k}": v for k, v in state.items()})
         means = state["weight"].float() * scale
     else:
@@ -739,7 +818,7 @@ QUANTISED = ("fp8", "scaled fp8", "mixed precision", "GGUF Q8_0", "GGUF Q4_K", "
 
 @check
 def quantised_layers_lose_nothing():
-    """Errors against the file applied exactly to the weight that the layer stands for, and against the original weight."""
+    """Errors against the file applied exactly to the weight that the layer stands for, and to the original."""
     said = []
     for kind in QUANTISED:
         for dtype in (torch.float32, torch.bfloat16):
@@ -760,7 +839,7 @@ def quantised_layers_lose_nothing():
                 exact = x.double() @ truth(which, means).t()
                 wanted = x.double() @ truth(which, true).t()
                 error, all_lost = apart(got, exact), apart(got, wanted)
-                # Beside what the layer itself makes: float32 arithmetic, and one rounding of activations to bfloat16.
+                # Beside what the layer itself makes: float32 arithmetic, and one rounding to bfloat16.
                 unit = 2e-7 if dtype == torch.float32 else 2.0**-9
                 # bitsandbytes' CPU kernel rounds the bias too, which is then not turned with the rest.
                 slack = 1.05 if kind == "bitsandbytes" else 1.0
@@ -770,7 +849,9 @@ def quantised_layers_lose_nothing():
                     patched, _ = on_net(patcher, net_tensors(which), "weights")
                     again = apart(beside_bias(patched), exact)
                     assert again > 1e-2 > 1e4 * error, (kind, which, again, error)
-                    said.append(f"{kind}, {which}: {error:.1e}, as a weight patch {again:.1e}, layer alone {own:.1e}")
+                    said.append(
+                        f"{kind}, {which}: {error:.1e}, as a weight patch {again:.1e}, layer alone {own:.1e}"
+                    )
             assert apart(beside_bias(patcher), exact) > 1e-2, "the base is as before"
     return "\n".join(said)
 
@@ -795,9 +876,13 @@ def weights_that_no_patch_reaches():
 
 @check
 def packed_models_choose_by_layer():
-    """A GGUF model: activations of its packed layers, weights of the others, and a LoRA after it in its place."""
+    """A GGUF model: activations of packed layers, weights of the others, and a LoRA after it in its place."""
     model, types = gguf_layers.make_model(families, "sd15")
-    keys = [k for k in shapes_of(model) if isinstance(model.model.get_submodule(k.removesuffix(".weight")), torch.nn.Linear)]
+    keys = [
+        k
+        for k in shapes_of(model)
+        if isinstance(model.model.get_submodule(k.removesuffix(".weight")), torch.nn.Linear)
+    ]
     done = applied(adapter_for(model, "in"), model, "auto")
     packed = {f"diffusion_model.{n}" for n, t in types.items() if t not in gguf_layers.UNPACKED}
     live = set(runtime.live_entries(done.model))
@@ -859,7 +944,9 @@ def saving_is_refused_with_the_way_out():
     management.unload_all_models()
     # A later LoRA on every turned layer moves the file into the weights: nothing is missing then.
     keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
-    late = add_lora(applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model, lora(keys, model))
+    late = add_lora(
+        applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model, lora(keys, model)
+    )
     comfy.sd.save_checkpoint(path, late)
     management.unload_all_models()
     Path(path).unlink()
@@ -882,7 +969,9 @@ def saving_in_later_hosts():
     for patcher in (model, merged, model.clone()):
         assert all(k.startswith("x.") for k in patcher.model_state_dict_for_saving("x."))
     keys = [k for k in shapes_of(model) if "attn1.to_q" in k]
-    late = add_lora(applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model, lora(keys, model))
+    late = add_lora(
+        applied(adapter_for(model, want=("attn1.to_q",)), model, "activations").model, lora(keys, model)
+    )
     assert late.model_state_dict_for_saving("x.")
 
 
