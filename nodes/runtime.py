@@ -1,8 +1,9 @@
-"""Rotations at run time: layers whose input and output are turned in their forward, while their weights stay as they are stored.
+"""Rotations at run time: layers whose input and output are turned, while weights stay as they are stored.
 
-For weights that a patch would round again, that it cannot reach, or that would be patched anew in every forward. An application of
-a file is a `PatcherInjection` with a key of its own, so any number of them stack, in the order of the nodes. Which patcher's
-applications are in force is decided per loaded model, never by what was injected last: see `_Live.in_force`.
+For weights that a patch would round again, that it cannot reach, or that would be patched anew in every
+forward. An application of a file is a `PatcherInjection` with a key of its own, so any number of them stack, in
+the order of the nodes. Which patcher's applications are in force is decided per loaded model, never by what was
+injected last: see `_Live.in_force`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ AUTO, WEIGHTS, ACTIVATIONS = "auto", "weights", "activations"
 RUNTIMES = (AUTO, WEIGHTS, ACTIVATIONS)
 LINEAR, CONV, EMBEDDING = "linear", "conv", "embedding"
 CALLBACKS = "oft_runtime"
-# Inputs with which the rows of a weight are measured at a time, and their size: above 1, so that the bias does not
-# swallow the weight's digits in half precision.
+# Inputs with which the rows of a weight are measured at a time, and their size: above 1, so that the bias
+# does not swallow the weight's digits in half precision.
 PROBES, PROBE_SIZE = 256, 256.0
 _MISSING = object()
 _count = itertools.count(1)
@@ -52,7 +53,7 @@ def layer_of(model: nn.Module, key: str) -> tuple[Any, str]:
 
 
 def kind_of(module: Any, leaf: str) -> str | None:
-    """Whether the module is a layer whose activations can stand for this parameter: one of the kinds, else None."""
+    """The kind of layer, if its activations can stand for this parameter, else None."""
     if leaf != "weight":
         return None
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -70,7 +71,7 @@ def _gguf_type(tensor: Any) -> str | None:
 
 
 def stored_as(module: Any) -> str | None:
-    """In words, how the layer's weight is quantised; None for numbers that a patch changes with one ordinary rounding."""
+    """In words, how the layer's weight is quantised; None for numbers that a patch rounds once as usual."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
@@ -89,8 +90,9 @@ def stored_as(module: Any) -> str | None:
 
 
 def _keeps_numbers_its_own_way(kind: type) -> bool:
-    """Whether a class of tensors has its own storage, as quantised ones do; not if it only adds attributes."""
-    return any("__torch_dispatch__" in c.__dict__ for c in itertools.takewhile(lambda c: c is not torch.Tensor, kind.__mro__))
+    """Whether a class of tensors has its own storage, as quantised ones do, or only adds attributes."""
+    above = itertools.takewhile(lambda c: c is not torch.Tensor, kind.__mro__)
+    return any("__torch_dispatch__" in c.__dict__ for c in above)
 
 
 def _patchable(module: Any) -> bool:
@@ -98,7 +100,9 @@ def _patchable(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if _gguf_type(weight) is not None or hasattr(module, "set_weight"):
         return True
-    return weight is None or (weight.is_floating_point() and type(weight).__module__.partition(".")[0] != "bitsandbytes")
+    if weight is None:
+        return True
+    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] != "bitsandbytes"
 
 
 def logical_shape(model: nn.Module, key: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -149,7 +153,7 @@ def _answers(layer: Callable[[torch.Tensor], torch.Tensor], module: Any, dtype: 
 
 @dataclass(frozen=True)
 class Plan:
-    """A file's patches with their strengths, by the way in which they are applied, and what to tell about it."""
+    """A file's patches with their strengths, by the way in which they are applied, and lines about it."""
 
     weights: list[tuple[Patch, Strength]]
     live: list[tuple[Patch, Strength]]
@@ -161,7 +165,8 @@ def _obstacle(kind: str | None, ops: Iterable[LayerRotation | Diff]) -> str | No
     if kind is None:
         return "no matrix with an input and an output"
     if kind == EMBEDDING and any(
-        isinstance(op, Diff) or op.side == "out" or op.row_scale is not None or op.added is not None for op in ops
+        isinstance(op, Diff) or op.side == "out" or op.row_scale is not None or op.added is not None
+        for op in ops
     ):
         return "rows of an embedding"
     if kind != CONV and any(isinstance(op, LayerRotation) and op.memory_view for op in ops):
@@ -172,8 +177,8 @@ def _obstacle(kind: str | None, ops: Iterable[LayerRotation | Diff]) -> str | No
 def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: str, words: str) -> Plan:
     """Decide layer by layer. runtime: one of `RUNTIMES`. words: what the model is, for the notes.
 
-    `auto` turns activations where the weight is quantised and patches weights everywhere else. Raises AdapterError where the only
-    way left would change numbers that a patch cannot reach.
+    `auto` turns activations where the weight is quantised and patches weights everywhere else. Raises
+    AdapterError where the only way left would change numbers that a patch cannot reach.
     """
     placed = [(patch, at) for patch, at in placed if at.value != 0]
     by_key: dict[str, list[Patch]] = {}
@@ -215,12 +220,14 @@ def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: st
         others = f", the weights of {rest} others are patched" if rest else ""
         notes.append(f"{words}: activations of {len(live)} layers are turned ({kinds}){others}.")
         notes.append(
-            "Turned activations are not part of a saved checkpoint; to bake the file in, set runtime to 'weights'."
+            "Turned activations are not part of a saved checkpoint; to bake the file in, set runtime to "
+            "'weights'."
         )
     if rounded:
         kinds = ", ".join(f"{n} {name}" for name, n in rounded.most_common())
         notes.append(
-            f"{words}: quantised weights are patched ({kinds}): rounded again, or unpacked and patched in every step."
+            f"{words}: quantised weights are patched ({kinds}): rounded again, or unpacked and patched in "
+            "every step."
         )
     notes += [f"{words}: {n} layers stay with weight patches ({reason})." for reason, n in kept.items()]
     return Plan([e for e in placed if e[0].key not in live], [e for e in placed if e[0].key in live], notes)
@@ -262,8 +269,8 @@ class Entry:
 class Application(PatcherInjection):
     """One file on one model. Shared by all clones of the patcher that it was added to; immutable.
 
-    layers: parameter key -> changes in the file's order.   after: key -> how many weight patches of the layer came before.
-    keeps: what must live as long.
+    layers: parameter key -> changes in the file's order.   after: key -> how many weight patches of the layer
+    came before.   keeps: what must live as long.
     """
 
     def __init__(self, entries: Iterable[Entry], patcher: Any, keeps: Sequence[Any]):
@@ -316,10 +323,11 @@ def _on_clone(_: Any, patcher: Any) -> None:
 
 
 class OrderedPatches(dict):
-    """A patcher's weight patches. A patch that comes after an application of turned activations keeps its place.
+    """A patcher's weight patches. A patch that comes after turned activations keeps its place.
 
-    Turned activations always act after all weight patches of their layer. So where a later node adds a patch (a LoRA) to the weight
-    of such a layer, the application goes into that layer's weight too, before the new patch; the weight is patched there anyway.
+    Turned activations always act after all weight patches of their layer. So where a later node adds a patch
+    (a LoRA) to the weight of such a layer, the application goes into that layer's weight too, before the new
+    patch; the weight is patched there anyway.
     """
 
     def __init__(self, patches: dict, patcher: Any):
@@ -351,8 +359,10 @@ def _in_order(key: str, patches: list[tuple], apps: Iterable[Application]) -> li
     return out
 
 
-def _on_load(patcher: Any, device: Any = None, budget: Any = 0, force_patch_weights: bool = False, *_: Any) -> None:
-    """ComfyUI forces weights to be patched in order to save them. Loaders that always do so have a `load` of their own."""
+def _on_load(
+    patcher: Any, device: Any = None, budget: Any = 0, force_patch_weights: bool = False, *_: Any
+) -> None:
+    """ComfyUI forces patches on weights to save them; loaders that always do so have a `load` of their own."""
     if force_patch_weights and type(patcher).load.__module__.startswith("comfy."):
         _refuse_saving(patcher)
 
@@ -360,7 +370,7 @@ def _on_load(patcher: Any, device: Any = None, budget: Any = 0, force_patch_weig
 def _refuse_saving(patcher: Any) -> None:
     if layers := live_entries(patcher):
         raise AdapterError(
-            "The model cannot be saved with this OFT file in it, because the file is applied while the model runs",
+            "The model cannot be saved with this OFT file in it, because it is applied while the model runs",
             found=f"activations of {len(layers)} layers are turned, for instance of {next(iter(layers))}",
             expected="a file applied to the weights",
             hint="Set 'runtime' to 'weights' in the OFT node. Quantised weights are then rounded again.",
@@ -368,7 +378,7 @@ def _refuse_saving(patcher: Any) -> None:
 
 
 def _guard_saving(patcher: Any) -> None:
-    """Later hosts save without forcing patches; all their save nodes ask the patcher for its state dict by this method."""
+    """Later hosts save without forcing patches; their save nodes ask the patcher for its state dict."""
     name = "model_state_dict_for_saving"
     if not hasattr(type(patcher), name):
         return
@@ -395,7 +405,7 @@ class _Layer:
         self.made: dict[torch.device, Any] = {}
 
     def _turns_kernel(self, entry: Entry) -> bool:
-        """Convolutions whose patches of the picture are rotated together, not their channels at each point alone."""
+        """Convolutions where the pixels under the kernel are rotated together, not each one's channels."""
         op, module = entry.patch.op, self.module
         if isinstance(op, Diff) or op.memory_view or op.added is not None or op.norm_of == "current":
             return True
@@ -446,7 +456,8 @@ class _Layer:
             start, length = e.patch.rows or (0, self.rows)
             op, norm = e.patch.op, e.base_norm
             if isinstance(op, LayerRotation) and op.norm_of == "current" and op.row_scale is not None:
-                norm = self._arriving_norm(Pipeline(changes, self.rows), e, slice(start, start + length), layer, dtype)
+                before, rows = Pipeline(changes, self.rows), slice(start, start + length)
+                norm = self._arriving_norm(before, e, rows, layer, dtype)
             terms = terms_of(op, e.at, e.built(device), norm, device)
             changes.append(Change(start, start + length, terms, e.patch.swap_halves))
         return Pipeline(changes, self.rows)
@@ -480,7 +491,7 @@ class _Layer:
         return bias
 
     def _kernel(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A convolution's kernel turned for this one call, in float32 and rounded once to the input's dtype; and its bias.
+        """A convolution's kernel turned for this call, in float32, rounded once to x's dtype; and its bias.
 
         Exact, with nothing stored; costs one rotation of the kernel a call.
         """
@@ -496,7 +507,7 @@ class _Layer:
 
     @torch.no_grad()
     def turned(self, weight: torch.Tensor, built: Sequence[Any]) -> torch.Tensor:
-        """A float32 copy of the layer's weight with all changes made to it. built: of each entry, on the weight's device."""
+        """A float32 copy of the layer's weight with all changes. built: of each entry, on its device."""
         out = weight.detach().to(torch.float32, copy=True)
         for e, matrices in zip(self.entries, built, strict=True):
             rows = out if e.patch.rows is None else out.narrow(0, *e.patch.rows)
@@ -552,7 +563,7 @@ class _Live:
         return forward
 
     def in_force(self) -> bool:
-        """Whether this patcher is the one for which its model is loaded. A failed load can leave its forwards behind."""
+        """Whether the model is loaded for this patcher: a failed load can leave its forwards behind."""
         if not self.installed:
             return False
         if torch.compiler.is_compiling():
@@ -560,7 +571,9 @@ class _Live:
         model = self.model()
         for loaded in comfy.model_management.current_loaded_models:
             patcher = loaded.model
-            if patcher is not None and getattr(patcher, "model", None) is model and id(patcher) != self.owner_id:
+            if patcher is None or id(patcher) == self.owner_id:
+                continue
+            if getattr(patcher, "model", None) is model:
                 self.withdraw()
                 _current.pop(model, None)
                 return False
@@ -597,7 +610,7 @@ def _eject(patcher: Any) -> None:
 
 
 def as_turned(models: Iterable[nn.Module], module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight with what is at present made of its activations; for code that computes with the weight itself.
+    """A layer's weight with what is at present made of its activations, for code that computes with weights.
 
     models: those to which the layer may belong.
     """
@@ -615,15 +628,16 @@ def _on_detach(patcher: Any, *_: Any) -> None:
 
 
 def _tell_about_order(patcher: Any) -> None:
-    late = [
-        key
-        for a in applications(patcher)
-        for key in a.layers
-        if not a.in_weights(key, patcher.patches.get(key, ())) and len(patcher.patches.get(key, ())) > a.after[key]
-    ]
+    late = []
+    for a in applications(patcher):
+        for key in a.layers:
+            patches = patcher.patches.get(key, ())
+            if len(patches) > a.after[key] and not a.in_weights(key, patches):
+                late.append(key)
     if late:
         log.warning(
-            "OFT: weight patches that another node added later to %d layers (%s) act before the OFT file's turned activations.",
+            "OFT: weight patches that another node added later to %d layers (%s) act before the OFT file's "
+            "turned activations.",
             len(late),
             late[0],
         )
