@@ -14,12 +14,13 @@ async def comfy_entrypoint():
     """The extension object that lists this pack's nodes; registers the `oft` model folder on the way."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import blocks, dataset, folders, load, save, stack, train
+    from .nodes import blocks, dataset, folders, load, save, schedule, stack, train
 
     folders.register()
 
     class OFTExtension(ComfyExtension):
         async def get_node_list(self):
-            return [*load.NODES, *stack.NODES, *blocks.NODES, *dataset.NODES, *train.NODES, *save.NODES]
+            applying = [*load.NODES, *stack.NODES, *blocks.NODES, *schedule.NODES]
+            return [*applying, *dataset.NODES, *train.NODES, *save.NODES]
 
     return OFTExtension()

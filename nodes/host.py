@@ -33,6 +33,7 @@ from ..oft_core import (
     ModelMismatch,
     NameIndex,
     Patch,
+    Schedule,
     ShapeError,
     Strength,
     Target,
@@ -42,7 +43,7 @@ from ..oft_core import (
 )
 from ..oft_core.adapter import apply_swapped_
 from ..oft_core.block_weights import address, counted, factors
-from . import cache, runtime
+from . import cache, runtime, track
 
 log = logging.getLogger("oft")
 
@@ -118,7 +119,8 @@ class Side:
     aliases: dict[str, Target]
 
 
-def _model_side(model: Any) -> Side:
+def model_side(model: Any) -> Side:
+    """The diffusion model of a MODEL."""
     return Side(
         "model",
         "Diffusion model",
@@ -134,9 +136,15 @@ def _clip_side(clip: Any) -> Side:
     return Side("clip", "Text encoders", clip, clip.patcher, _shapes(clip.patcher), _aliases(table))
 
 
+def text_side(patcher: Any) -> Side:
+    """Text encoders known by their patcher alone, as hooks are given them."""
+    aliases = _aliases(comfy.lora.model_lora_keys_clip(patcher.model, {}))
+    return Side("clip", "Text encoders", patcher, patcher, _shapes(patcher), aliases)
+
+
 def sides_of(model: Any | None, clip: Any | None) -> list[Side]:
     """What there is to patch, the diffusion model first; either may be None."""
-    sides = [_model_side(model)] if model is not None else []
+    sides = [model_side(model)] if model is not None else []
     return sides if clip is None else [*sides, _clip_side(clip)]
 
 
@@ -212,7 +220,7 @@ class RotationPatch(WeightAdapterBase):
         return weight
 
     def _apply(self, weight: torch.Tensor, strength: float) -> None:
-        (tensors, base_norm), plain, (kind, token, place, mode, coft, swap) = self.weights
+        (tensors, base_norm), plain, (kind, token, place, mode, coft, swap), *_ = self.weights
         at = Strength(strength, mode, coft)
         # Autocast would run the products in half precision. The weights are constants here even where a
         # caller, such as a training node, has gradients switched on.
@@ -224,6 +232,13 @@ class RotationPatch(WeightAdapterBase):
                 with normal_tensors():
                     built = cache.rotation(token, place, at, weight.device, op)
             apply_swapped_(op, weight, at, swap, rotation=built, base_row_norm=base_norm)
+
+
+class ScheduledPatch(RotationPatch):
+    """A patch whose strength follows a track: its token is one more item of `weights`."""
+
+    def calculate_weight(self, weight, key, strength, *args, **more):
+        return super().calculate_weight(weight, key, strength * track.now(self.weights[3]), *args, **more)
 
 
 class Keeper:
@@ -255,9 +270,12 @@ def _base_row_norm(patcher: Any, patch: Patch) -> torch.Tensor:
 
 
 def patch_objects(
-    side: Side, patches: Iterable[Patch], mode: str, coft: str | float
+    side: Side, patches: Iterable[Patch], mode: str, coft: str | float, follow: track.Track | None = None
 ) -> tuple[list[tuple[Patch, RotationPatch]], Keeper]:
-    """Each patch as ComfyUI's weight adapter, in order, and what must live beside them."""
+    """Each patch as ComfyUI's weight adapter, in order, and what must live beside them.
+
+    follow: the track that their strength follows, None for none.
+    """
     patches = list(patches)
     turned = [p for p in patches if isinstance(p.op, LayerRotation)]
     placed = dict(zip(map(id, turned), cache.batches([p.op for p in turned], mode), strict=True))
@@ -269,19 +287,23 @@ def patch_objects(
             norm = _base_row_norm(side.patcher, patch) if patch.op.needs_base_norm else None
         kind, token = (DIFF, 0) if batch is None else (ROTATION, batch.token)
         plan = (kind, token, place, mode, coft, patch.swap_halves)
-        out.append((patch, RotationPatch({patch.module}, ((tensors, norm), plain, plan))))
+        weights = ((tensors, norm), plain, plan)
+        if follow is None:
+            out.append((patch, RotationPatch({patch.module}, weights)))
+        else:
+            out.append((patch, ScheduledPatch({patch.module}, (*weights, follow.token))))
     return out, Keeper({batch for batch, _ in placed.values()})
 
 
 def make_patches(
-    side: Side, patches: Iterable[Patch], mode: str, coft: str | float
+    side: Side, patches: Iterable[Patch], mode: str, coft: str | float, follow: track.Track | None = None
 ) -> tuple[list[dict], Keeper]:
     """ComfyUI patch dictionaries {key or (key, slice): RotationPatch}, and what must live beside them.
 
     Several dictionaries only where a file has more than one change for the same rows. The strength is not in
     them: ComfyUI passes it to each patch, and hooks change it while sampling.
     """
-    objects, keeper = patch_objects(side, patches, mode, coft)
+    objects, keeper = patch_objects(side, patches, mode, coft, follow)
     out: list[dict[Any, RotationPatch]] = []
     for patch, made in objects:
         key = patch.key if patch.rows is None else (patch.key, (0, *patch.rows))
@@ -350,6 +372,8 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
     left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
     notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
     notes += about_blocks
+    if adapter.schedule is not None:
+        notes.append(_about_schedule(adapter.schedule, any(patches.get("clip", ()))))
     for warning in report.warnings:
         log.warning("OFT %s: %s", adapter.name, warning)
     return Placed(patches, "\n".join([report.to_text(), *notes]), tuple(report.warnings))
@@ -375,7 +399,7 @@ def apply(
     for side in sides:
         mine = placed.patches[side.name]
         notes += runtime_notes(side, mine, how)
-        given[side.name] = patched(side, mine, how)
+        given[side.name] = patched(side, mine, how, adapter.schedule)
     return Applied(given["model"], given["clip"], "\n".join([placed.report, *notes]), placed.warnings)
 
 
@@ -387,7 +411,7 @@ def runtime_notes(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str
 def _shares(
     adapter: Adapter, binding: Binding, index: HostIndex, given: set[str]
 ) -> tuple[dict[int, float], list[str]]:
-    """Factor of each patch's strength by the adapter's block strengths (id of patch -> factor), and lines about it.
+    """Factors by the adapter's block strengths (id of patch -> factor of its strength), and lines about it.
 
     Raises `BlockError` for blocks that this model does not have.
     """
@@ -403,6 +427,13 @@ def _shares(
     return dict(zip(map(id, binding.patches), share, strict=True)), notes
 
 
+def _about_schedule(schedule: Schedule, has_text: bool) -> str:
+    whole = (schedule.start, schedule.end) == (0, 1)
+    window = "" if whole else f" from {schedule.start:g} to {schedule.end:g}"
+    text = f"Strength follows a schedule{window}: {schedule}."
+    return text + (" The text encoders keep theirs: they run before sampling." if has_text else "")
+
+
 def _weighted(
     patches: Iterable[Patch], at: Strength, shares: Mapping[int, float]
 ) -> list[tuple[Patch, Strength]]:
@@ -414,19 +445,28 @@ def _side_of(patch: Patch, sides: list[Side]) -> Side:
     return next(side for side in sides if patch.key in side.shapes)
 
 
-def patched(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = runtime.AUTO) -> Any:
+def patched(
+    side: Side,
+    placed: Iterable[tuple[Patch, Strength]],
+    how: str = runtime.AUTO,
+    schedule: Schedule | None = None,
+) -> Any:
     """A clone of the side's MODEL or CLIP with the patches added, each at its strength.
 
     Patches at strength 0 are left out; where none remains the side is handed on as it came. how: one of
-    `runtime.RUNTIMES`; layers whose activations are turned get no weight patch.
+    `runtime.RUNTIMES`; layers whose activations are turned get no weight patch. schedule: what the strength
+    of the diffusion model follows while sampling; text encoders keep theirs.
     """
     plan = runtime.plan(side.patcher.model, placed, how, side.words)
     if not plan.weights and not plan.live:
         return side.owner
     clone = side.owner.clone()
     patcher = clone.patcher if side.name == "clip" else clone
+    follow = track.Track(schedule) if schedule is not None and side.name == "model" else None
+    tokens: set[int] = set()
     for at, patches in _by_strength(plan.weights).items():
-        dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
+        dictionaries, keeper = make_patches(side, patches, at.mode, at.coft, follow)
+        tokens |= {batch.token for batch in keeper.batches}
         for patch_dict in dictionaries:
             taken = set(clone.add_patches(patch_dict, at.value))
             refused = [key for key in patch_dict if key not in taken]
@@ -440,12 +480,26 @@ def patched(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = run
         patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
     entries, keepers = [], []
     for at, patches in _by_strength(plan.live).items():
-        objects, keeper = patch_objects(side, patches, at.mode, at.coft)
-        entries += [runtime.Entry(patch, at, made) for patch, made in objects]
+        objects, keeper = patch_objects(side, patches, at.mode, at.coft, follow)
+        entries += [runtime.Entry(patch, at, made, follow) for patch, made in objects]
         keepers.append(keeper)
     if entries:
         runtime.attach(patcher, runtime.Application(entries, patcher, keepers))
+    if follow is not None:
+        keys = {patch.key for patch, _ in [*plan.weights, *plan.live]}
+        track.attach(patcher, follow, keys, tokens, by_weights=bool(plan.weights))
     return clone
+
+
+def add_hook_patches(hook: Any, side: Side, placed: Iterable[tuple[Patch, Strength]]) -> list[Keeper]:
+    """Give a hook its patches for a side; returns what must live as long as they do."""
+    keepers = []
+    for at, patches in _by_strength((patch, at) for patch, at in placed if at.value != 0).items():
+        dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
+        for patch_dict in dictionaries:
+            side.patcher.add_hook_patches(hook=hook, patches=patch_dict, strength_patch=at.value)
+        keepers.append(keeper)
+    return keepers
 
 
 def _by_strength(placed: Iterable[tuple[Patch, Strength]]) -> dict[Strength, list[Patch]]:

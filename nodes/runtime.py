@@ -14,7 +14,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -29,6 +29,7 @@ from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
 from ..oft_core.activations import Change, Pipeline, arriving_delta, map_vectors, terms_of
 from ..oft_core.adapter import apply_swapped_
 from . import cache
+from .track import Track
 
 log = logging.getLogger("oft")
 
@@ -238,11 +239,20 @@ def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: st
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One change of one layer: what and how strongly, and the same as a weight patch of ComfyUI."""
+    """One change of one layer: what and how strongly, and the same as a weight patch of ComfyUI.
+
+    follows: the track whose factor multiplies the strength, None for a strength that stays.
+    """
 
     patch: Patch
-    at: Strength
+    full: Strength
     as_weight: Any
+    follows: Track | None = None
+
+    @property
+    def at(self) -> Strength:
+        """The strength at this moment."""
+        return self.full if self.follows is None else replace(self.full, value=self.full.value * self.follows.now)
 
     @property
     def base_norm(self) -> torch.Tensor | None:
@@ -263,7 +273,7 @@ class Entry:
     def for_host(self) -> tuple:
         """The entry of ComfyUI's patch list that does the same to the weight."""
         offset = None if self.patch.rows is None else (0, *self.patch.rows)
-        return (self.at.value, self.as_weight, 1.0, offset, None)
+        return (self.full.value, self.as_weight, 1.0, offset, None)
 
 
 class Application(PatcherInjection):
@@ -403,6 +413,7 @@ class _Layer:
         packed_bias = _gguf_type(getattr(module, "bias", None)) is not None
         self.whole_kernel = self.kind == CONV and (packed_bias or any(map(self._turns_kernel, self.entries)))
         self.made: dict[torch.device, Any] = {}
+        self.strengths: tuple[float, ...] = ()
 
     def _turns_kernel(self, entry: Entry) -> bool:
         """Convolutions where the pixels under the kernel are rotated together, not each one's channels."""
@@ -442,6 +453,9 @@ class _Layer:
             return y if x.ndim >= plain else y.squeeze(0)
 
     def _prepared(self, device: torch.device, make: Callable[[torch.device], Any]) -> Any:
+        strengths = tuple(e.at.value for e in self.entries)
+        if strengths != self.strengths:  # a schedule has moved on; what was made for another strength is not kept
+            self.made, self.strengths = {}, strengths
         if device not in self.made:
             with torch.inference_mode(False), torch.no_grad():
                 self.made[device] = make(device)

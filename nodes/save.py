@@ -67,11 +67,11 @@ class OFTSave(io.ComfyNode):
     def execute(
         cls, adapter: Adapter, name, dialect, precision, folder, model=None, clip=None
     ) -> io.NodeOutput:
-        if adapter.blocks is not None:
+        if adapter.blocks is not None or adapter.schedule is not None:
             raise ConfigError(
-                "A file has no place for strengths by block",
-                found=str(adapter.blocks),
-                hint="Connect the adapter as it is before OFT Block Strengths.",
+                "A file has no place for strengths by block or a schedule",
+                found=str(adapter.blocks or adapter.schedule),
+                hint="Connect the adapter as it is before OFT Block Strengths and OFT Schedule.",
             )
         root = folder_paths.get_folder_paths(folders.FOLDER)[0]
         path = new_file(name, folder_paths.get_output_directory() if folder == "output" else root)

@@ -10,7 +10,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..oft_core import MODES, Adapter, AdapterError, Strength
+from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
 from ..oft_core.constraint import COFT_CHOICES
 from ..oft_core.stack import Share, blend, holds_oft
 from . import compat, folders, host, load, runtime
@@ -257,6 +257,14 @@ def apply_blend(
 
     The average of each side is over the adapters that have layers for it.
     """
+    for row in rows:
+        if row.adapter.schedule is not None:
+            raise StackError(
+                "An adapter that follows a schedule cannot be blended with others",
+                file=row.name,
+                found=str(row.adapter.schedule),
+                hint="Use 'compose'.",
+            )
     sides = host.sides_of(model, clip)
     placed = [host.place(row.adapter, sides, row.at_model, row.at_clip) for row in rows]
     lines = [f"{len(rows)} adapters blended, whatever their order:"]

@@ -9,6 +9,7 @@ from .errors import (
     FileError,
     FormatError,
     ModelMismatch,
+    ScheduleError,
     ShapeError,
     StackError,
     StrengthError,
@@ -19,11 +20,12 @@ from .layer import Built, Diff, LayerRotation, build_all
 from .merge import merge_file
 from .names import NameIndex, Target, component, guess_family
 from .report import Report, describe
+from .schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
     "COFT_CHOICES", "MODES", "Adapter", "AdapterError", "Binding", "BlockError", "BlockWeights", "Built", "Constraint",
     "Diff", "Entry", "FileError", "FormatError", "LayerRotation", "ModelMismatch", "NameIndex", "Patch", "ReadOptions",
-    "Report", "ShapeError", "StackError", "Strength", "StrengthError", "Target", "ValueFault", "build_all", "component",
-    "describe", "guess_family", "load_adapter", "merge_file", "read_tensors",
+    "Report", "Schedule", "ScheduleError", "ShapeError", "StackError", "Strength", "StrengthError", "Target", "ValueFault",
+    "build_all", "component", "describe", "guess_family", "load_adapter", "merge_file", "read_tensors",
 ]

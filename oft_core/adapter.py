@@ -21,6 +21,7 @@ from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, grou
 from .formats.common import Piece
 from .layer import Built, Diff, LayerRotation, build_all
 from .names import NameIndex, Target, component, guess_family
+from .schedule import Schedule
 
 __all__ = ["Adapter", "Binding", "Entry", "Patch", "build_all", "load_adapter", "read_tensors"]
 
@@ -109,6 +110,7 @@ class Adapter:
     """Everything that a file holds, in one convention whatever wrote it.
 
     blocks: factors on the strength by block of the model, chosen by the user; None: the same everywhere.
+    schedule: factor on the diffusion model's strength over the progress of sampling, chosen by the user; None: always 1.
     """
 
     path: str
@@ -121,6 +123,7 @@ class Adapter:
     entries: dict[str, Entry]
     unknown: list[str] = field(default_factory=list)
     blocks: BlockWeights | None = None
+    schedule: Schedule | None = None
 
     @property
     def components(self) -> list[str]:

@@ -81,3 +81,7 @@ class StackError(AdapterError):
 
 class BlockError(AdapterError):
     """A text of block strengths that cannot be read, or that names blocks which do not exist."""
+
+
+class ScheduleError(AdapterError):
+    """A text of a strength schedule that cannot be read."""

@@ -115,7 +115,10 @@ def test_stacks_in_a_row_and_adapters_in_memory(client: Client, files: dict[str,
         first = stack_node(g, [(files["a"], True, 0.8, 0.8)])
         adapter = g.OFT_LoadAdapter(oft_name=files["b"])
         second = stack_node(
-            g, [("none", True, 0.5, 0.5), (files["d"], True, 0.7, 0.7)], stack=first[0], adapter_1=adapter[0],
+            g,
+            [("none", True, 0.5, 0.5), (files["d"], True, 0.7, 0.7)],
+            stack=first[0],
+            adapter_1=adapter[0],
             mode="geodesic",
         )
         return apply_stack(g, parts, second[0])
