@@ -607,23 +607,23 @@ def normalised(similarity: float, line: dict[str, Any], of: str = "similarity") 
 
 
 def chosen_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """The learning rate of every method: the one with the best balance, at its best checkpoint, mean over
-    the subjects.
+    """Every method's learning rate: the one with the best balance, at its best checkpoint, over subjects.
 
-    Raises ValueError where a method has no grid yet.
+    Only subjects on which the whole grid of a method was run count. Raises ValueError where there is none.
     """
-    found: dict[str, dict[float, list[float]]] = {}
+    found: dict[str, dict[str, dict[float, float]]] = {}
     for line in lines:
         if line["stage"] == "grid":
             best = max(balance(row, line) for row in line["rows"])
-            found.setdefault(line["method"], {}).setdefault(line["lr"], []).append(best)
+            found.setdefault(line["method"], {}).setdefault(line["subject"], {})[line["lr"]] = best
     out = {}
     for name, method in METHODS.items():
         source = method.grid if isinstance(method.grid, str) else name
-        if source not in found:
-            raise ValueError(f"no learning rate was tried for {source}: run with --grid first")
-        most = max(len(v) for v in found[source].values())
-        out[name] = max((sum(v) / len(v), lr) for lr, v in found[source].items() if len(v) == most)[1]
+        rates = METHODS[source].grid
+        whole = [tried for tried in found.get(source, {}).values() if set(rates) <= set(tried)]
+        if not whole:
+            raise ValueError(f"no whole grid of learning rates for {source}: run with --grid first")
+        out[name] = max(rates, key=lambda lr, whole=whole: sum(tried[lr] for tried in whole))
     return out
 
 

@@ -283,12 +283,17 @@ def levels_are_found_between_checkpoints_and_rates_by_balance() -> None:
     at = subject_report.at_level(line, 0.5)
     assert abs(at["step"] - 70) < 1e-6 and abs(at["fidelity"] - 0.5) < 1e-9
     assert subject_report.at_level(replace_rows(line, 0.25), 0.5) is None
-    grid = [
-        fake(replace(job, method=m)) for job in subject.grid_jobs(["oft32"], 2, 1) for m in subject.METHODS
-    ]
+    grid = [fake(job) for job in subject.grid_jobs(subject.METHODS, 2, 1)]
     assert subject.chosen_rates(grid)["oft32-match"] == 1e-3
+    # A better run at another rate does not count while the rest of that subject's grid is missing.
+    other = fake(subject.Job("grid", "oft32", 3e-3, "guitar", 0, subject.GRID_STEPS))
+    perfect = [{**r, "drift": 0.0} for r in other["rows"]]
+    assert subject.chosen_rates([*grid, {**other, "rows": perfect}])["oft32"] == 1e-3
+    third = [fake(replace(job, subject="guitar")) for job in subject.grid_jobs(["oft32"], 1, 1)]
+    turned = [{**x, "rows": perfect} if x["lr"] == 3e-3 else x for x in third]
+    assert subject.chosen_rates(turned + [x for x in grid if x["method"] != "oft32"])["oft32"] == 3e-3
     try:
-        subject.chosen_rates([])
+        subject.chosen_rates(grid[1:3])
     except ValueError as error:
         assert "oft32" in str(error)
     else:
