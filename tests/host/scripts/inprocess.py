@@ -1012,8 +1012,9 @@ def keyframes_are_followed_as_the_host_does():
     g = generator(11)
     for trial in range(40):
         count = int(torch.randint(1, 6, (1,), generator=g))
-        starts = sorted((torch.rand(count, generator=g) * 0.98 + 0.01).tolist())
-        if trial % 2:
+        # Often several before a late first step, which ComfyUI then passes at once.
+        starts = sorted((torch.rand(count, generator=g) * (0.98, 0.3)[trial % 2] + 0.01).tolist())
+        if trial % 5 == 0:
             starts[0] = 0.0
         group = comfy.hooks.HookKeyframeGroup()
         for i, start in enumerate(starts):
