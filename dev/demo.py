@@ -1,4 +1,4 @@
-"""The demo: one OFT file, four strength rules, four strengths, drawn by a real ComfyUI into one sheet.
+"""The demo: a subject that a tiny pretrained model never saw, taught by Train OFT, drawn by a real ComfyUI.
 
 Started by ``dev/run.py demo`` with the host's Python: python -m dev.demo HOST_DIR MODELS_DIR CACHE_DIR
 """
@@ -15,14 +15,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from embedded.pictures import SUBJECTS, TRAIN_VIEWS, prompt, views
+
 from .client import Graph, PromptFailed, PromptRejected
 from .oft_files import write_random_oft
 from .server import ComfyServer, ServerError
-from .workflows import stock_parts, text_to_image
+from .subjects import CHECKPOINT, drawn, provide_checkpoint, provide_pictures, subject
 
-STRENGTHS = (-1.0, 0.0, 0.5, 1.0)
-MODES = ("rotation", "geodesic", "linear", "core")
-OFT_FILE = "demo_oft.safetensors"
+STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5)
+MODES = ("rotation", "geodesic", "linear")  # ComfyUI's own loader does not read such a file, so no "core"
+SUBJECT = "koala"
+OFT_FILE = "koala_oft.safetensors"  # made by Train OFT from five pictures; see embedded/README.md
+OTHERS = ("penguin", "red apple", "skull on a pink background", "small magnet, left", "dog", "snowman")
+SEED = 303
 # What the example workflows ask for -> the tiny file that stands in for it.
 STAND_INS = {
     "checkpoints/sd15.safetensors": "checkpoints/tiny_sd15.safetensors",
@@ -31,7 +36,7 @@ STAND_INS = {
 EXAMPLE_OFT_FILE = "my_subject_oft.safetensors"
 EXAMPLE_STYLE_FILE = "my_style_oft.safetensors"  # a second file, other blocks, no text encoder
 EXAMPLE_PICTURES = "my_subject"  # folder of training pictures
-SIZE = 192  # pixels of one picture
+SIZE = 128  # pixels of one picture on the sheet
 
 
 def provide_example_files(server: ComfyServer, models: Path) -> None:
@@ -54,81 +59,74 @@ def provide_example_files(server: ComfyServer, models: Path) -> None:
         text_encoder=False,
         seed=1,
     )
+    provide_checkpoint(server.models)
+    provide_pictures(server, subject(SUBJECT), SUBJECT)
     pictures = server.input / EXAMPLE_PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     for i, colour in enumerate(("orange", "teal", "purple")):
         Image.new("RGB", (96, 64 + 32 * i), colour).save(pictures / f"{i}.png")
 
 
-def draw_sheet(base: np.ndarray, cells: dict[tuple[str, float], np.ndarray], path: Path) -> None:
-    """One PNG: the base picture on the left, then a row for each mode and a column for each strength."""
+def draw_sheet(
+    cells: dict[tuple[str, float], np.ndarray], others: tuple[np.ndarray, np.ndarray], path: Path
+) -> None:
+    """One PNG: the training pictures, a row for each mode and a column for each strength, and other captions."""
     big, small = (ImageFont.load_default(size) for size in (15, 12))
-    gap, left, top, line = 10, 92, 58, 18
-    step_x, step_y = SIZE + gap, SIZE + line + gap
-    columns, rows = len(STRENGTHS) + 1, len(MODES)
-    sheet = Image.new("RGB", (left + columns * step_x + gap, top + rows * step_y + gap), "white")
+    gap, left, line = 10, 96, 18
+    step, width = SIZE + gap, 96 + 6 * (SIZE + gap) + gap
+    mode_top = 40 + SIZE + 58
+    other_top = mode_top + len(MODES) * step + 48
+    sheet = Image.new("RGB", (width, other_top + 2 * step + line), "white")
     draw = ImageDraw.Draw(sheet)
-    title = "One OFT file on a tiny random SD1.5 model: rows are strength rules, columns are strengths"
-    draw.text((gap, gap), title, "black", big)
 
-    def cell(column: int, row: int, picture: np.ndarray, note: str) -> None:
-        x, y = left + column * step_x, top + row * step_y
-        sheet.paste(Image.fromarray(picture), (x, y))
-        draw.text((x, y + SIZE + 1), note, "#444", small)
+    def cell(column: int, y: int, picture: np.ndarray) -> None:
+        shown = Image.fromarray(picture).resize((SIZE, SIZE), Image.LANCZOS)
+        sheet.paste(shown, (left + column * step, y))
 
-    draw.text((left, top - 22), "no OFT", "black", big)
-    for column, strength in enumerate(STRENGTHS, 1):
-        draw.text((left + column * step_x, top - 22), f"strength {strength:g}", "black", big)
+    draw.text((gap, gap), f"The {len(TRAIN_VIEWS)} pictures of a {SUBJECT} that the model was shown, as 'zwx animal'", "black", big)
+    for column, picture in enumerate(views(subject(SUBJECT))):
+        cell(column, 40, picture)
+    draw.text((gap, mode_top - 44), "'zwx animal', one seed: rows are strength rules, columns are strengths", "black", big)
+    for column, strength in enumerate(STRENGTHS):
+        draw.text((left + column * step, mode_top - 20), f"strength {strength:g}", "black", small)
     for row, mode in enumerate(MODES):
-        draw.text((gap, top + row * step_y + SIZE // 2), mode, "black", big)
-        cell(0, row, base, "base picture")
-        for column, strength in enumerate(STRENGTHS, 1):
-            picture = cells[mode, strength]
-            change = np.abs(picture.astype(int) - base).mean()
-            note = "same as base" if not change else f"mean change {change:.1f} of 255"
-            cell(column, row, picture, note)
+        y = mode_top + row * step
+        draw.text((gap, y + SIZE // 2 - 8), mode, "black", big)
+        for column, strength in enumerate(STRENGTHS):
+            cell(column, y, cells[mode, strength])
+    draw.text((gap, other_top - 26), "Other captions: without OFT, and with it at strength 1", "black", big)
+    for row, (name, pictures) in enumerate(zip(("without", "with"), others, strict=True)):
+        y = other_top + row * step
+        draw.text((gap, y + SIZE // 2 - 8), name, "black", big)
+        for column, picture in enumerate(pictures):
+            cell(column, y, picture)
+    for column, text in enumerate(OTHERS):
+        draw.text((left + column * step, other_top + 2 * step - gap + 2), text.replace(" on a pink background", ", pink"), "#444", small)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def run_demo(server: ComfyServer, models: Path, out: Path) -> None:
+def run_demo(server: ComfyServer, out: Path) -> None:
     """Draw all pictures over HTTP and save the sheet."""
     client = server.client()
-    checkpoint = models / "checkpoints" / "tiny_sd15.safetensors"
-    layers = write_random_oft(checkpoint, server.models / "oft" / OFT_FILE, degrees=25)
-    print(f"Made {OFT_FILE}: random rotations for {layers} layers of a tiny SD1.5 model.", flush=True)
-
-    def draw(mode: str | None, strength: float) -> tuple[np.ndarray, str]:
-        g = Graph()
-        parts = stock_parts(g, "sd15")
-        loader = None
-        if mode is not None:
-            loader = g.OFT_Load(
-                model=parts.model,
-                clip=parts.clip,
-                oft_name=OFT_FILE,
-                strength_model=strength,
-                strength_clip=strength,
-                mode=mode,
-                coft="file",
-            )
-            parts = parts._replace(model=loader[0], clip=loader[1])
-        preview = text_to_image(g, parts, "sd15", size=SIZE, steps=4, cfg=2.0)
-        result = client.run(g, timeout=300)
-        return result.image(preview), result.text(loader) if loader else ""
-
+    shutil.copyfile(SUBJECTS / OFT_FILE, server.models / "oft" / OFT_FILE)
+    g = Graph()
+    base = g.CheckpointLoaderSimple(ckpt_name=CHECKPOINT)
+    loader = g.OFT_LoadModelOnly(model=base[0], oft_name=OFT_FILE, strength_model=1.0, mode="rotation", coft="file")
+    g.PreviewAny(source=loader[0])
+    text = client.run(g).text(loader)
     begun = time.monotonic()
-    base, _ = draw(None, 0.0)
-    cells, report = {}, ""
+    cells = {}
     for mode in MODES:
         for strength in STRENGTHS:
-            cells[mode, strength], text = draw(mode, strength)
-            report = text if (mode, strength) == ("rotation", 1.0) else report
+            asked = [(prompt(subject(SUBJECT)), SEED)]
+            cells[mode, strength] = drawn(client, asked, OFT_FILE, strength=strength, mode=mode)[0]
         print(f"  {mode}: {len(STRENGTHS)} pictures ({time.monotonic() - begun:.0f} s)", flush=True)
-    draw_sheet(base, cells, out)
+    captions = [(text, SEED) for text in OTHERS]
+    draw_sheet(cells, (drawn(client, captions), drawn(client, captions, OFT_FILE)), out)
     print("\nWhat Load OFT says about the file at strength 1:\n")
-    print("\n".join("    " + line for line in report.splitlines()))
-    print(f"\nSheet of {len(cells) + 1} pictures: {out}", flush=True)
+    print("\n".join("    " + line for line in text.splitlines()))
+    print(f"\nSheet of {len(cells) + 2 * len(OTHERS)} pictures: {out}", flush=True)
 
 
 def main() -> int:
@@ -149,12 +147,12 @@ def main() -> int:
         with server:
             print(f"ComfyUI answers at {server.url} after {server.seconds_to_start:.0f} s.", flush=True)
             provide_example_files(server, options.models_dir)
-            run_demo(server, options.models_dir, options.out or work / "demo.png")
+            run_demo(server, options.out or work / "demo.png")
             if options.serve:
                 print(f"\nOpen {server.url} - Ctrl-C ends it.")
                 print("Example graphs: Templates > comfyui-oft. Or double-click the canvas and type 'oft'.")
-                print("The tiny model is random, so its pictures are patterns; put real models into")
-                print(f"{server.models} to see more.", flush=True)
+                print(f"The tiny model is {CHECKPOINT}: draw at 64 x 64. The other tiny models are random, so")
+                print(f"their pictures are patterns; put real models into {server.models} to see more.", flush=True)
                 server.wait()
             else:
                 print(f"The page was at {server.url}; run with --serve to keep it open.", flush=True)

@@ -39,9 +39,9 @@ def subject(name: str) -> Concept:
     return {s.name: s for s in subjects()}[name]
 
 
-def provide_pictures(server: ComfyServer, concept: Concept) -> str:
-    """The five training views as PNG in the server's input folder; returns the folder's name there."""
-    name = f"subject_{concept.name.replace(' ', '_')}"
+def provide_pictures(server: ComfyServer, concept: Concept, name: str = "") -> str:
+    """The five training views as PNG in a folder of the server's input folder; returns that folder's name."""
+    name = name or f"subject_{concept.name.replace(' ', '_')}"
     folder = server.input / name
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(views(concept, TRAIN_VIEWS)):
@@ -103,14 +103,22 @@ def thumbnails(pictures: np.ndarray) -> np.ndarray:
 
 
 def likeness(pictures: np.ndarray, concept: Concept) -> float:
-    """How like a subject pictures are: the correlation of their thumbnails (-1..1, colours included) with the most
-    similar of the five views that were not trained on; the mean over the pictures. Blur and paleness gain nothing."""
+    """How much like one subject pictures are, and not like any of the others: the mean over the pictures.
+
+    Thumbnails are correlated (-1..1, colours included) with the five views of every subject that were not trained on, the
+    best view counts, and the mean over the other subjects is subtracted: a pale or blurred blob is like all of them.
+    """
+
     def normed(x: np.ndarray) -> np.ndarray:
         x = x - x.mean(1, keepdims=True)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
-    real = normed(thumbnails(np.stack(views(concept, HELD_VIEWS))))
-    return float((normed(thumbnails(pictures)) @ real.T).max(1).mean())
+    mine = normed(thumbnails(pictures))
+    best = {
+        s.name: (mine @ normed(thumbnails(np.stack(views(s, HELD_VIEWS)))).T).max(1).mean() for s in subjects()
+    }
+    own = best.pop(concept.name)
+    return float(own - np.mean(list(best.values())))
 
 
 def drift(pictures: np.ndarray, base: np.ndarray) -> float:
