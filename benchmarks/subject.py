@@ -650,14 +650,20 @@ def run(
         if job.method == CONTROL:
             control.append({"step": step, **judge.look(learner.random_weights())[0]})
     if show is not None:
-        name = f"{job.stage}-{job.subject}-{job.seed}-{job.method}-{job.lr:g}-{job.pictures}.png"
-        _save_sheet(show / name, sheet)
+        _save_sheet(
+            show / sheet_name(job.stage, job.subject, job.seed, job.method, job.lr, job.pictures), sheet
+        )
     return {
         "stage": job.stage, "weights": world.digest, "method": job.method, "lr": job.lr,
         "subject": job.subject, "seed": job.seed, "batch": job.batch, "pictures": job.pictures,
         "draw": [DRAW_STEPS, CFG], "ceiling": round(judge.ceiling, 6),
         "base": judge.base, "rows": rows, "control": control, "train_cpu_seconds": round(seconds, 2),
     }  # fmt: skip
+
+
+def sheet_name(stage: str, subject: str, seed: int, method: str, lr: float, pictures: int) -> str:
+    """File of a run's pictures: a row for the frozen model and for every checkpoint, 34 columns of 64 px."""
+    return f"{stage}-{subject}-{seed}-{method}-{lr:g}-{pictures}.png"
 
 
 def _save_sheet(path: Path, rows: list[Tensor]) -> None:
@@ -735,7 +741,7 @@ def main() -> None:
     if options.report:
         from subject_report import write
 
-        write(read(results), options.report)
+        write(read(results), options.report, folder / "sheets")
         return
     space = metrics.known(options.work, folder)
     right, margin = metrics.retrieval(space)

@@ -20,6 +20,7 @@ from subject import (
     balance,
     key_of,
     normalised,
+    sheet_name,
 )
 
 Line = dict[str, Any]
@@ -267,6 +268,9 @@ def grid_table(lines: list[Line]) -> str:
     rows = []
     for m in METHODS:
         mine = _of(grid, m)
+        # As for the choice: only subjects on which the whole grid was run.
+        tried = {s: {x["lr"] for x in mine if x["subject"] == s} for s in {x["subject"] for x in mine}}
+        mine = [x for x in mine if set(METHODS[m].grid) <= tried[x["subject"]]]
         for lr in sorted({x["lr"] for x in mine}):
             some = [x for x in mine if x["lr"] == lr]
             best = [max((balance(r, x), r["step"]) for r in x["rows"]) for x in some]
@@ -335,7 +339,8 @@ def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Pa
         axis.grid(alpha=0.25)
         if x == "steps":
             axis.set_xscale("log")
-            axis.set_xticks(steps, [str(s) for s in steps], minor=False)
+            axis.set_xticks(steps, [str(s) for s in steps])
+            axis.minorticks_off()
     axes[0, 0].legend(fontsize=7.5)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -343,10 +348,41 @@ def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Pa
     pyplot.close(figure)
 
 
+# The columns of a run's sheet that are shown: subject, class word, other captions, backgrounds, places, both.
+SHOWN = (0, 1, 6, 7, 10, 12, 14, 15, 18, 20, 22, 23, 24, 25, 26, 28, 30, 31)
+
+
+def contact_sheet(lines: list[Line], sheets: Path, path: Path, step: int) -> str | None:
+    """Pictures of one subject after `step` steps, a row for each method. The subject; None without sheets."""
+    from PIL import Image, ImageDraw
+
+    found: dict[str, dict[str, Any]] = {}
+    for x in lines:
+        names = ("stage", "subject", "seed", "method", "lr", "pictures")
+        file = sheets / sheet_name(*(x[n] for n in names))
+        if file.is_file() and row_at(x, step) and x["seed"] == 0:
+            row = 1 + [r["step"] for r in x["rows"]].index(step)
+            found.setdefault(x["subject"], {})[METHODS[x["method"]].label] = (file, row)
+    if not found:
+        return None
+    subject, rows = max(found.items(), key=lambda item: len(item[1]))
+    frozen = {"the model before": (next(iter(rows.values()))[0], 0)}
+    whole = Image.new("RGB", (190 + 66 * len(SHOWN), 66 * (1 + len(rows))), "white")
+    for y, (label, (file, row)) in enumerate({**frozen, **rows}.items()):
+        ImageDraw.Draw(whole).text((4, 66 * y + 26), label, fill="black")
+        with Image.open(file) as sheet:
+            for x, column in enumerate(SHOWN):
+                box = (64 * column, 64 * row, 64 * column + 64, 64 * row + 64)
+                whole.paste(sheet.crop(box), (190 + 66 * x, 66 * y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(path, quality=88)
+    return subject
+
+
 # ---------------------------------------------------------------- all of it
 
 
-def report(lines: list[Line], folder: Path) -> str:
+def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     """The tables as Markdown; plots go to folder/images. Only runs of the weights that have most of them
     count.
     """
@@ -382,17 +418,17 @@ def report(lines: list[Line], folder: Path) -> str:
         folder / "images" / "evaluation.png",
         f"{len(names)} subjects, {len(pairs)} runs a method",
     )
-    long = balanced([x for x in even if row_at(x, LONG_STEPS[-1])], methods)
+    subject = contact_sheet(even, sheets, folder / "images" / "evaluation-pictures.jpg", STEPS[-1])
+    if subject:
+        out.append(f"The pictures above are of the {subject}, after {STEPS[-1]} steps, seed 0.")
+    long = [x for x in main if row_at(x, LONG_STEPS[-1])]
+    some = [m for m in methods if any(x["method"] == m for x in long)]
+    long = balanced(long, some)
     if long:
         count = len({(x["subject"], x["seed"]) for x in long})
-        out.append(f"### {LONG_STEPS[-1]:,} steps\n\n" + long_table(long, methods))
-        plot(
-            long,
-            methods,
-            LONG_STEPS,
-            folder / "images" / "evaluation-long.png",
-            f"Long runs: {count} a method",
-        )
+        out.append(f"### {LONG_STEPS[-1]:,} steps\n\n" + long_table(long, some))
+        title = f"Long runs: {count} a method"
+        plot(long, some, LONG_STEPS, folder / "images" / "evaluation-long.png", title)
     more = pictures_table(every)
     if more:
         out.append("### More pictures\n\n" + more)
@@ -402,7 +438,7 @@ def report(lines: list[Line], folder: Path) -> str:
     return "\n\n".join(out)
 
 
-def write(lines: list[Line], folder: Path) -> None:
+def write(lines: list[Line], folder: Path, sheets: Path) -> None:
     """Put the tables between the marks of folder/evaluation.md (made if not there), the plots beside it."""
     path = folder / "evaluation.md"
     text = path.read_text("utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
@@ -411,6 +447,6 @@ def write(lines: list[Line], folder: Path) -> None:
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(f"{before}{BEGIN}\n{report(lines, folder)}\n{END}{after}", "utf-8")
+    part.write_text(f"{before}{BEGIN}\n{report(lines, folder, sheets)}\n{END}{after}", "utf-8")
     part.replace(path)
     print(f"written: {path}")

@@ -267,7 +267,7 @@ def the_report_counts_what_is_there() -> None:
         f"before\n{subject_report.BEGIN}\nold\n{subject_report.END}\nafter\n"
     )
     for _ in range(2):
-        subject_report.write(subject.read(path), folder)
+        subject_report.write(subject.read(path), folder, WORK / "no sheets")
     text = (folder / "evaluation.md").read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     # The last run is missing, so its subject is left out for all methods.
