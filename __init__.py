@@ -14,9 +14,10 @@ async def comfy_entrypoint():
     """The extension object that lists this pack's nodes; registers the `oft` model folder on the way."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import blocks, dataset, folders, load, save, schedule, stack, train
+    from .nodes import blocks, dataset, everywhere, folders, load, save, schedule, stack, train
 
     folders.register()
+    everywhere.start()
 
     class OFTExtension(ComfyExtension):
         async def get_node_list(self):

@@ -240,6 +240,13 @@ class LayerRotation:
             self._cache["error"] = float(orthogonality_error(self.build(Strength()).matrices.double()).max())
         return self._cache["error"]
 
+    def as_core(self) -> bool:
+        """Whether ComfyUI's own loader makes the same of this layer at strength 1, in exact arithmetic."""
+        if self.core_alpha is None or self.row_scale is not None or self.col_scale is not None:
+            return False
+        own = torch.ones((), dtype=torch.float64) if self.constraint is None else self.constraint.factor()
+        return torch.allclose(own, _core_constraint(self).factor(), rtol=1e-6, atol=0.0)
+
     def check_strength(self, strength: Strength, *, module: str | None = None, file: str | None = None) -> None:
         """Raises StrengthError where the mode is not defined for this layer at this strength."""
         if strength.mode == "core" and self.core_alpha is None:

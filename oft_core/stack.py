@@ -42,11 +42,16 @@ class Share:
     adapter: str
 
 
+def names_oft(keys: Iterable[str]) -> bool:
+    """Whether one of these tensor names is that of an OFT layer."""
+    return any(_OFT_KEY.search(key) for key in keys)
+
+
 def holds_oft(path: str | os.PathLike) -> bool:
     """Whether a safetensors file has OFT layers, from the names of its tensors alone. Raises FileError for a damaged file."""
     try:
         with safe_open(path, "pt") as f:
-            return any(_OFT_KEY.search(key) for key in f.keys())  # noqa: SIM118 (a file handle, not a dict)
+            return names_oft(f.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError("The file is damaged or not a safetensors file", file=path, found=str(error)) from error
 
