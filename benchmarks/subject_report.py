@@ -26,9 +26,10 @@ from subject import (
 Line = dict[str, Any]
 Row = dict[str, float]
 BEGIN, END = "<!-- tables of benchmarks/subject.py -->", "<!-- end of the tables -->"
-LONG_MEASURES = ("fidelity", "drift", "kept", "leak", "carried", "follow")
+LONG_MEASURES = ("fidelity", "drift", "class_drift", "kept", "carried", "follow")
 LEVELS = (0.5, 0.7)  # of fidelity, at which methods are compared
 REFERENCE = "lora16"
+FEW = 6  # subjects; below that an interval would say nothing
 
 MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
     "fidelity": ("fidelity", lambda r, x: normalised(r["similarity"], x)),
@@ -36,6 +37,7 @@ MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
     "drift": ("drift", lambda r, x: r["drift"]),
     "kept": ("others right", lambda r, x: r["other_right"]),
     "leak": ("leak", lambda r, x: normalised(r["leak"], x, "leak")),
+    "class_drift": ("class drift", lambda r, x: r["class_drift"]),
     "carried": ("carried over", lambda r, x: normalised(r["carried"], x, "carried")),
     "follow": ("follows", lambda r, x: r["follow"]),
     "colour": ("colour", lambda r, x: r["colour"]),
@@ -115,6 +117,15 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def compared(differences: list[float]) -> str:
+    """Mean difference over subjects, with an interval where there are enough of them for one."""
+    mean, count = f"{statistics.fmean(differences):+.2f}", len(differences)
+    if count < FEW:
+        return f"{mean} ({count} subjects)"
+    low, high = interval(differences)
+    return f"{mean} [{low:+.2f}, {high:+.2f}]"
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -142,7 +153,7 @@ def step_table(lines: list[Line], methods: list[str], step: int) -> str:
 
 def level_table(lines: list[Line], methods: list[str], level: float) -> str:
     rows = []
-    names = ("drift", "kept", "leak", "carried", "follow", "diversity")
+    names = ("drift", "class_drift", "kept", "carried", "follow", "diversity")
     reference = {
         name: per_subject(_of(lines, REFERENCE), lambda x, n=name: (at_level(x, level) or {}).get(n))
         for name in names
@@ -157,11 +168,7 @@ def level_table(lines: list[Line], methods: list[str], level: float) -> str:
             cells.append(spread(values.values()))
             if name in ("drift", "carried"):
                 both = [values[s] - reference[name][s] for s in values if s in reference[name]]
-                if m == REFERENCE or len(both) < 3:
-                    differences.append("-")
-                else:
-                    low, high = interval(both)
-                    differences.append(f"{statistics.fmean(both):+.2f} [{low:+.2f}, {high:+.2f}]")
+                differences.append("-" if m == REFERENCE or not both else compared(both))
         step = f"{statistics.median(reached.values()):.0f}" if reached else "-"
         rows.append([METHODS[m].label, f"{len(reached)} of {total}", step, *cells, *differences])
     head = [

@@ -196,6 +196,7 @@ def fake(job: subject.Job) -> dict:
         "follow",
         "follow_recognised",
         "carried",
+        "class_drift",
         "diversity",
         "held_loss",
     )
