@@ -137,9 +137,17 @@ def plain_weight(patcher: Any, key: str) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def _answers(layer: Callable[[torch.Tensor], torch.Tensor], module: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (out, in) float32 of a linear layer from its outputs for the unit vectors."""
-    device, n = module.weight.device, module.in_features
+def _answers(
+    layer: Callable[[torch.Tensor], torch.Tensor],
+    module: Any,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """The weight (out, in) float32 of a linear layer from its outputs for the unit vectors.
+
+    device: where the layer computes; that of its stored weight if None.
+    """
+    device, n = device or module.weight.device, module.in_features
     at_zero = layer(torch.zeros(1, n, device=device, dtype=dtype)).float()
     parts = []
     for i in range(0, n, PROBES):
@@ -443,9 +451,7 @@ class _Layer:
                     y = map_vectors(y, terms)
                 return y
             if self.whole_kernel:
-                kernel, bias = self._kernel(x)
-                with callers():
-                    return self.module._conv_forward(x, kernel, bias)
+                return self._convolved(x, callers)
             axis, plain = (-1, 2) if self.kind == LINEAR else (1, len(self.module.kernel_size) + 2)
             batch = x if x.ndim >= plain else x.unsqueeze(0)
             pipeline = self._prepared(x.device, lambda device: self._pipeline(device, layer, x.dtype))
@@ -471,20 +477,26 @@ class _Layer:
             op, norm = e.patch.op, e.base_norm
             if isinstance(op, LayerRotation) and op.norm_of == "current" and op.row_scale is not None:
                 before, rows = Pipeline(changes, self.rows), slice(start, start + length)
-                norm = self._arriving_norm(before, e, rows, layer, dtype)
+                norm = self._arriving_norm(before, e, rows, layer, dtype, device)
             terms = terms_of(op, e.at, e.built(device), norm, device)
             changes.append(Change(start, start + length, terms, e.patch.swap_halves))
         return Pipeline(changes, self.rows)
 
     def _arriving_norm(
-        self, before: Pipeline, e: Entry, rows: slice, layer: Callable, dtype: torch.dtype
+        self,
+        before: Pipeline,
+        e: Entry,
+        rows: slice,
+        layer: Callable,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> torch.Tensor:
         """Row norms of the weight as this change finds it, measured once."""
 
         def changed(x: torch.Tensor) -> torch.Tensor:
             return before(x, layer, lambda y: self._bias(y, layer, dtype), -1)
 
-        weight = _answers(changed, self.module, dtype)[rows]
+        weight = _answers(changed, self.module, dtype, device)[rows]
         if e.patch.swap_halves:
             weight = torch.cat(weight.chunk(2)[::-1])
         delta, gain = arriving_delta(e.patch.op, e.at)
@@ -500,24 +512,34 @@ class _Layer:
         if _gguf_type(bias) is not None or not bias.is_floating_point():
             return layer(torch.zeros(1, self.module.in_features, device=y.device, dtype=dtype))[0]
         bias = bias.detach().as_subclass(torch.Tensor).to(y.device, y.dtype)
-        for change in getattr(self.module, "bias_function", ()):
+        # Dynamic VRAM keeps a patch of the bias beside the functions.
+        patch = getattr(self.module, "bias_lowvram_function", None)
+        for change in (*([] if patch is None else [patch]), *getattr(self.module, "bias_function", ())):
             bias = change(bias.clone())
         return bias
 
-    def _kernel(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A convolution's kernel turned for this call, in float32, rounded once to x's dtype; and its bias.
+    def _convolved(self, x: torch.Tensor, callers: Callable) -> torch.Tensor:
+        """A convolution with its kernel turned for this call, in float32, rounded once to x's dtype.
 
         Exact, with nothing stored; costs one rotation of the kernel a call.
         """
         cast = getattr(self.module, "cast_bias_weight", None)  # GGUF layers unpack their weights there
+        lent = None
         if cast is not None:
             weight, bias = cast(x)[:2]
         elif hasattr(self.module, "comfy_cast_weights"):
-            weight, bias = comfy.ops.cast_bias_weight(self.module, x)[:2]
+            lent = comfy.ops.cast_bias_weight(self.module, x, offloadable=True)
+            weight, bias = lent[:2]
         else:
             weight, bias = self.module.weight, self.module.bias
-        built = self._prepared(x.device, lambda device: [e.built(device) for e in self.entries])
-        return self.turned(weight, built).to(x.dtype), bias
+        try:
+            built = self._prepared(x.device, lambda device: [e.built(device) for e in self.entries])
+            kernel = self.turned(weight, built).to(x.dtype)
+            with callers():
+                return self.module._conv_forward(x, kernel, bias)
+        finally:
+            if lent is not None:
+                comfy.ops.uncast_bias_weight(self.module, *lent)
 
     @torch.no_grad()
     def turned(self, weight: torch.Tensor, built: Sequence[Any]) -> torch.Tensor:

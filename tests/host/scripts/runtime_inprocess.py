@@ -739,7 +739,7 @@ def quantised(kind, rows=96, columns=256, dtype=None):
         layer(torch.zeros(1, columns))
         means = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
         means = means.reshape(rows, columns)
-    elif kind == "mixed precision":
+    elif kind == "mixed precision" or (kind == "scaled fp8" and not hasattr(comfy.ops, "scaled_fp8_ops")):
         ops = comfy.ops.mixed_precision_ops(
             {"linear": {"format": "float8_e4m3fn"}}, compute_dtype=dtype, full_precision_mm=True
         )
@@ -751,8 +751,11 @@ def quantised(kind, rows=96, columns=256, dtype=None):
             "weight_scale": scale,
             "bias": bias.to(dtype),
         }
-        net.load_state_dict({f"linear.{k}": v for k, v in state.items()})
         means = state["weight"].float() * scale
+        if not hasattr(comfy.ops, "scaled_fp8_ops"):  # later hosts read the format from the file
+            conf = json.dumps({"format": "float8_e4m3fn"}).encode()
+            state["comfy_quant"] = torch.tensor(list(conf), dtype=torch.uint8)
+        net.load_state_dict({f"linear.{k}": v for k, v in state.items()})
     else:
         scaled = kind == "scaled fp8"
         ops = comfy.ops.scaled_fp8_ops(fp8_matrix_mult=False) if scaled else comfy.ops.manual_cast
@@ -865,6 +868,59 @@ def stored_bytes_stay():
         answer(clone, numbers(2, 256))
         assert patcher.model.linear.weight is weight, kind
         assert not clone.patches and not patcher.backup, kind
+
+
+@check
+def bias_patches_of_dynamic_vram():
+    """Dynamic VRAM of later hosts keeps the patch of a bias beside the other functions of the layer."""
+    patcher, means, _, bias = quantised("fp8")
+    layer, x = patcher.model.linear, numbers(2, 256, seed=13)
+
+    def with_patch(x):
+        return torch.nn.functional.linear(x, layer.weight.float(), layer.bias_lowvram_function(layer.bias))
+
+    layer.comfy_cast_weights = True
+    layer.bias_lowvram_function, layer.forward_comfy_cast_weights = (lambda b: b + 1), with_patch
+    clone, _ = on_net(patcher, net_tensors("out"), "activations")
+    expected = x.double() @ truth("out", means).t() + bias.double() + 1
+    assert apart(answer(clone, x), expected) < 1e-6
+    assert apart(answer(patcher, x), expected) > 1e-2
+
+
+@check
+def lent_kernels_are_given_back():
+    """Kernels that ComfyUI casts for one forward are handed back after it, also after an error."""
+    model = families.make_model("sd15")
+    live = applied(adapter_for(model, "in", want=("in_layers.2",)), model, "activations").model
+    key = next(iter(runtime.live_entries(live)))
+    lend, give_back, lent, calls = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight, [], []
+
+    def lending(module, *args, **more):
+        lent.append(module)
+        calls.append(more)
+        return lend(module, *args, **more)
+
+    def giving_back(module, *args):
+        lent.remove(module)
+        return give_back(module, *args)
+
+    with loaded(live) as net:
+        module = net.get_submodule(key.removesuffix(".weight"))
+        x = numbers(1, module.in_channels, 6, 5)
+        comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight = lending, giving_back
+        try:
+            module(x)
+            assert len(calls) == 1 and not lent
+            module._conv_forward = lambda *_: 1 / 0
+            try:
+                module(x)
+            except ZeroDivisionError:
+                assert not lent
+            else:
+                raise AssertionError("the convolution was not called")
+        finally:
+            comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight = lend, give_back
+            module.__dict__.pop("_conv_forward", None)
 
 
 @check
