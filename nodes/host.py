@@ -487,7 +487,7 @@ def patched(
         runtime.attach(patcher, runtime.Application(entries, patcher, keepers))
     if follow is not None:
         keys = {patch.key for patch, _ in [*plan.weights, *plan.live]}
-        track.attach(patcher, follow, keys, tokens, by_weights=bool(plan.weights))
+        track.attach(patcher, follow, keys, tokens)
     return clone
 
 

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
 
-from ..oft_core import AdapterError, Schedule
+from ..oft_core import Schedule
 from ..oft_core.schedule import Cursor, progress_of
 from . import cache
 
@@ -113,9 +113,14 @@ def merge_again(patcher: Any, keys: Iterable[str]) -> None:
     """Patch those of the parameters that stand merged in the model anew, from their originals.
 
     The result is what a load gives, bit for bit. Weights of hooks lie over merged ones, so they are taken off
-    first; ComfyUI puts
-    them on again when it needs them.
+    first; ComfyUI puts them on again when it needs them. Dynamic VRAM patches a weight when it is first used
+    and keeps it: there the weights are only marked as stale.
     """
+    keys = list(keys)
+    for key in keys:
+        layer = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) if "." in key else patcher.model
+        if getattr(layer, "_v_signature", None) is not None:
+            layer._v_signature = None  # as ComfyUI marks the weights of another patcher
     merged = [key for key in keys if key in patcher.backup]
     if not merged:
         return
@@ -131,21 +136,11 @@ def merge_again(patcher: Any, keys: Iterable[str]) -> None:
         patcher.patch_weight_to_device(key, device_to=device)
 
 
-def attach(
-    patcher: Any, track: Track, keys: Iterable[str], tokens: Iterable[int], *, by_weights: bool
-) -> None:
+def attach(patcher: Any, track: Track, keys: Iterable[str], tokens: Iterable[int]) -> None:
     """Let a fresh clone of a patcher follow a track.
 
     keys: parameters whose changes follow it.   tokens: of the batches of rotations behind them.
-    by_weights: whether any of the changes is a weight patch. Raises AdapterError where ComfyUI keeps patched
-    weights in a place that cannot be patched again during a run.
     """
-    if by_weights and getattr(patcher, "is_dynamic", lambda: False)():
-        raise AdapterError(
-            "This ComfyUI keeps patched weights while sampling, so they cannot follow a schedule",
-            found="dynamic VRAM",
-            hint="Set runtime to 'activations' in the node that applies the adapter.",
-        )
     old = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
     before = old[0].__self__.tracks if old else ()
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):

@@ -884,6 +884,23 @@ def partly_loaded_models_follow_a_schedule():
 
 
 @check
+def weights_kept_by_dynamic_vram_follow_a_schedule():
+    """Later hosts keep a weight as it was first patched, until its mark is taken away."""
+    model = sd15()
+    patched = applied(scheduled(adapter_for(model), RISING), model, 0.8).model
+    patched.is_dynamic = lambda: True  # nothing is merged by the load then
+    conductor = patched.get_wrappers(track.WrappersMP.OUTER_SAMPLE, track.KEY)[0].__self__
+    layers = {k: model.model.get_submodule(k.rpartition(".")[0]) for k in patched.patches}
+    other = model.model.get_submodule("diffusion_model.out.2")
+    for factor, stale in ((0.5, True), (0.5, False), (1.0, True)):
+        for layer in (*layers.values(), other):
+            layer._v_signature = b"kept"
+        conductor._move(patched, lambda one, factor=factor: setattr(one, "now", factor))
+        assert all((layer._v_signature is None) == stale for layer in layers.values()), factor
+        assert other._v_signature == b"kept"
+
+
+@check
 def turned_activations_follow_a_schedule():
     model = sd15()
     adapter = adapter_for(model)
