@@ -8,7 +8,6 @@ ordinary tensors, so that any layer can be trained and the base model stays as i
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -74,6 +73,28 @@ class SamplePlan:
 # --- the model ----------------------------------------------------------------------------------------------
 
 
+def _is_dynamic(patcher: Any) -> bool:
+    return getattr(patcher, "is_dynamic", lambda: False)()
+
+
+def _with_weights_in_place(patcher: Any) -> Any:
+    """A clone whose weights stay on the device while it is loaded, as a backward pass needs them.
+
+    Dynamic VRAM of later hosts lends them to one forward at a time. Raises ConfigError where ComfyUI cannot load
+    the model in another way.
+    """
+    if not _is_dynamic(patcher):
+        return patcher.clone()
+    if getattr(patcher, "cached_patcher_init", None) is None:
+        raise ConfigError(
+            "This model cannot be trained while ComfyUI keeps its weights in dynamic VRAM",
+            found="a model that its loader cannot load in another way",
+            expected="a model from one of ComfyUI's own loaders",
+            hint="Use another loader node, or start ComfyUI with --disable-dynamic-vram.",
+        )
+    return patcher.clone(disable_dynamic=True)
+
+
 class HostModel:
     """ComfyUI's MODEL, CLIP and VAE as the engine wants them.
 
@@ -95,14 +116,12 @@ class HostModel:
             raise ConfigError(
                 "Option 'low_vram' has an unknown value", found=low_vram, expected=" or ".join(LOW_VRAM)
             )
-        # A patcher of later hosts that loads weights when they are used cannot be trained through.
-        options = {}
-        if getattr(model, "is_dynamic", lambda: False)():
-            known = inspect.signature(model.clone).parameters
-            options = {"disable_dynamic": True} if "disable_dynamic" in known else {}
-        self.patcher = model.clone(**options)
+        self.patcher = _with_weights_in_place(model)
         self.base = self.patcher.model
         self.clip = clip.clone()
+        if train_encoders and _is_dynamic(clip.patcher):
+            self.clip.patcher = _with_weights_in_place(clip.patcher)
+            self.clip.cond_stage_model = self.clip.patcher.model
         self.vae = vae
         self.low_vram, self.guidance, self.train_encoders = low_vram, guidance, train_encoders
         self.device = self.patcher.load_device

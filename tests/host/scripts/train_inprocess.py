@@ -823,6 +823,34 @@ def text_encoders_train():
 
 
 @check
+def models_in_dynamic_vram_train_another_way():
+    """Weights that ComfyUI lends to one forward at a time are not trained through; unchanged where none are."""
+    model, clip, vae = parts("sd15")
+
+    def dynamic(patcher, init):
+        out = patcher.clone()
+        out.is_dynamic, out.cached_patcher_init = (lambda: True), init
+        out.clone = lambda disable_dynamic=False: patcher if disable_dynamic else out
+        return out
+
+    clip_of_later_hosts = clip.clone()
+    for init in (None, (object, ())):
+        late = dynamic(model, init)
+        clip_of_later_hosts.patcher = dynamic(clip.patcher, init)
+        clip_of_later_hosts.clone = lambda: clip_of_later_hosts
+        if init is None:
+            raises(ConfigError, lambda late=late: train_host.HostModel(late, clip, vae), "dynamic VRAM", "loader")
+            encoders = (model, clip_of_later_hosts, vae)
+            raises(ConfigError, lambda of=encoders: train_host.HostModel(*of, train_encoders=True), "dynamic VRAM")
+        else:
+            made = train_host.HostModel(late, clip_of_later_hosts, vae, train_encoders=True)
+            assert made.patcher is model and made.clip.patcher is clip.patcher
+            assert made.encoders is clip.patcher.model
+            clip_of_later_hosts.patcher = late_clip = dynamic(clip.patcher, init)
+            assert train_host.HostModel(late, clip_of_later_hosts, vae).clip.patcher is late_clip
+
+
+@check
 def t5_trains():
     """T5 with its own learning rate, alone and beside CLIP; its layers are in the file and act."""
     for family, config in (("sd3", {"t5_lr": 0.03}), ("flux", {"t5_lr": 0.03, "text_encoder_lr": 0.01})):
