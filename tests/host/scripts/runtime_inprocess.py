@@ -866,7 +866,9 @@ def stored_bytes_stay():
         weight = patcher.model.linear.weight
         clone, _ = on_net(patcher, net_tensors("in"), "auto")
         answer(clone, numbers(2, 256))
-        assert patcher.model.linear.weight is weight, kind
+        now = patcher.model.linear.weight
+        if now is not weight:  # later hosts wrap the same quantised data anew when they load
+            assert torch.equal(now._qdata.view(torch.uint8), weight._qdata.view(torch.uint8)), kind
         assert not clone.patches and not patcher.backup, kind
 
 
