@@ -287,6 +287,8 @@ def fp8_weights():
 
 @check
 def scaled_fp8_weights():
+    if not hasattr(comfy.ops, "scaled_fp8_ops"):
+        return "later hosts load such files into their quantised layers: runtime_inprocess.py"
     ops = comfy.ops.scaled_fp8_ops(fp8_matrix_mult=False)
 
     class Net(torch.nn.Module):
