@@ -103,22 +103,19 @@ def thumbnails(pictures: np.ndarray) -> np.ndarray:
 
 
 def likeness(pictures: np.ndarray, concept: Concept) -> float:
-    """How much like one subject pictures are, and not like any of the others: the mean over the pictures.
+    """How much pictures are like one subject and not just like any: -1..1, the mean over the pictures.
 
-    Thumbnails are correlated (-1..1, colours included) with the five views of every subject that were not trained on, the
-    best view counts, and the mean over the other subjects is subtracted: a pale or blurred blob is like all of them.
+    Thumbnails are compared by their difference from the mean of all subjects' views that were not trained on: the
+    cosine with the most similar view of the subject. A pale or blurred blob in the middle is like none of them.
     """
+    real = {s.name: thumbnails(np.stack(views(s, HELD_VIEWS))) for s in subjects()}
+    middle = np.concatenate(list(real.values())).mean(0)
 
     def normed(x: np.ndarray) -> np.ndarray:
-        x = x - x.mean(1, keepdims=True)
+        x = x - middle
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
-    mine = normed(thumbnails(pictures))
-    best = {
-        s.name: (mine @ normed(thumbnails(np.stack(views(s, HELD_VIEWS)))).T).max(1).mean() for s in subjects()
-    }
-    own = best.pop(concept.name)
-    return float(own - np.mean(list(best.values())))
+    return float((normed(thumbnails(pictures)) @ normed(real[concept.name]).T).max(1).mean())
 
 
 def drift(pictures: np.ndarray, base: np.ndarray) -> float:
