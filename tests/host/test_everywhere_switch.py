@@ -51,6 +51,7 @@ def test_under_another_packs_function_ours_does_nothing(
     comfy.sd.load_lora_for_models = lambda *given: ours(*given)
     notes = everywhere.turn(False)
     assert len(notes) == 1 and "comfy.sd.load_lora_for_models" in notes[0]
+    monkeypatch.setattr(everywhere, "read", lambda lora: pytest.fail("it is off, but reads"))
     oft = {"x.oft_blocks": torch.zeros(1, 2, 2)}
     assert comfy.sd.load_lora_for_models(None, None, oft, 1, 1) == (None, None) and seen == [oft]
     # The other pack goes away: the next time off gives everything back.
