@@ -220,8 +220,9 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             except ModelMismatch as error:
                 log.warning("OFT everywhere: %s left to ComfyUI's own hook: %s", adapter.name, error)
                 return original(self, model, model_options, target_dict, registered)
-            keepers = host.add_hook_patches(self, side, placed.patches[side.name])
-            self.hook_ref.oft_keepers = [*getattr(self.hook_ref, "oft_keepers", ()), *keepers]
+            keepers = {**getattr(self.hook_ref, "oft_keepers", {})}
+            keepers[side.name] = host.add_hook_patches(self, side, placed.patches[side.name])
+            self.hook_ref.oft_keepers = keepers
         if rest:
             keys_of = comfy.lora.model_lora_keys_clip if for_text else comfy.lora.model_lora_keys_unet
             loaded = comfy.lora.load_lora(rest, keys_of(model.model, {}), log_missing=False)

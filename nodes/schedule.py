@@ -143,8 +143,11 @@ class OFTHook(comfy.hooks.WeightHook):
             side = host.text_side(model) if for_text else host.model_side(model)
             at = Strength(value, self.mode, self.coft)
             placed = host.place(replace(self.adapter, schedule=None), [side], at, at)
-            # The hook's reference lives as long as its patches do, and is the same in all clones of the hook.
-            self.hook_ref.oft_keepers = host.add_hook_patches(self, side, placed.patches[side.name])
+            # The hook's reference lives as long as its patches do, and is the same in all clones of the hook, which
+            # may reach the model and the text encoder.
+            keepers = {**getattr(self.hook_ref, "oft_keepers", {})}
+            keepers[side.name] = host.add_hook_patches(self, side, placed.patches[side.name])
+            self.hook_ref.oft_keepers = keepers
         registered.add(self)
         return True
 
