@@ -1,52 +1,19 @@
 """Checks of the patching inside a real ComfyUI process, without a server.
 
-usage: python inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
-
-Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}. `python inprocess.py --list`
-names them.
+Usage and output: see checks.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-import traceback
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[3]
-CHECKS: dict[str, object] = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def start(host_dir: str, work_dir: str):
-    """Import ComfyUI for the CPU, and our pack as ComfyUI would, under a name of its own."""
-    sys.path[:0] = [host_dir, str(REPO / "dev" / "host_nodes")]
-    sys.argv[1:] = []
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.base_directory = work_dir
-    import torch
-
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_oft", REPO / "__init__.py", submodule_search_locations=[str(REPO)]
-    )
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_oft"] = pack
-    spec.loader.exec_module(pack)
-
+from checks import REPO, check, run_checks, start_host
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--list"]:
-        host, work, *wanted = sys.argv[1:]
-        start(host, work)
+    work, wanted = start_host()
 
 if "comfyui_oft" in sys.modules:
     import asyncio
@@ -1322,20 +1289,5 @@ def core_mode_repeats_the_hosts_loader():
             close(ours[key], expected[key], 5e-6)
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--list"]:
-        print("\n".join(CHECKS))
-        return 0
-    failed = 0
-    for name in wanted or CHECKS:
-        try:
-            detail, ok = CHECKS[name]() or "", True
-        except Exception:  # noqa: BLE001 (a check may fail in any way; the trace is the result)
-            detail, ok = traceback.format_exc(), False
-        failed += not ok
-        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_checks(wanted))

@@ -1,51 +1,20 @@
 """Checks of turned activations (runtime = activations) inside a real ComfyUI process, without a server.
 
-usage: python runtime_inprocess.py HOST_DIR WORK_DIR [check ...]        with the host's Python
-
-Prints one line of JSON a check: {"check": name, "ok": bool, "detail": text}.
+Usage and output: see checks.py.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import math
 import sys
-import traceback
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[3]
-CHECKS: dict[str, object] = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def start(host_dir: str, work_dir: str):
-    """Import ComfyUI for the CPU, and our pack as ComfyUI would, under a name of its own."""
-    sys.path[:0] = [host_dir, str(REPO / "dev" / "host_nodes"), str(Path(__file__).parent)]
-    sys.argv[1:] = []
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.base_directory = work_dir
-    import torch
-
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_oft", REPO / "__init__.py", submodule_search_locations=[str(REPO)]
-    )
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_oft"] = pack
-    spec.loader.exec_module(pack)
-
+from checks import check, run_checks, start_host
 
 if __name__ == "__main__":
-    host_path, work, *wanted = sys.argv[1:]
-    start(host_path, work)
+    work, wanted = start_host()
 
 if "comfyui_oft" in sys.modules:
     import comfy.hooks
@@ -1075,17 +1044,5 @@ def ways_of_calling():
             assert module(x[:0]).shape == y[:0].shape
 
 
-def main() -> int:
-    failed = 0
-    for name in wanted or CHECKS:
-        try:
-            detail, ok = CHECKS[name]() or "", True
-        except Exception:  # noqa: BLE001 (a check may fail in any way; the trace is the result)
-            detail, ok = traceback.format_exc(), False
-        failed += not ok
-        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_checks(wanted))
