@@ -231,7 +231,7 @@ class OFTTrain(io.ComfyNode):
                 entry(io.Int.Input, "block_size", default=32, min=2, max=1024),
                 entry(io.Combo.Input, "coft", options=list(COFT), default="off"),
                 entry(io.Float.Input, "coft_degrees", default=15.0, min=0.1, max=180.0, step=0.1),
-                entry(io.Float.Input, "coft_eps", default=6e-5, min=1e-8, max=100.0, step=1e-5, round=False),
+                entry(io.Float.Input, "coft_eps", default=0.3, min=1e-8, max=100.0, step=1e-5, round=False),
                 entry(
                     io.Int.Input,
                     "seed",
