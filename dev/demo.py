@@ -49,9 +49,10 @@ def provide_example_files(server: ComfyServer, models: Path) -> None:
                 target.symlink_to(models / tiny)
             except OSError:  # symlinks may be forbidden on Windows
                 shutil.copyfile(models / tiny, target)
-    write_random_oft(
-        models / "checkpoints" / "tiny_sd15.safetensors", server.models / "oft" / EXAMPLE_OFT_FILE
-    )
+    for folder in ("oft", "loras"):  # one example loads it with ComfyUI's own LoRA loader
+        write_random_oft(
+            models / "checkpoints" / "tiny_sd15.safetensors", server.models / folder / EXAMPLE_OFT_FILE
+        )
     write_random_oft(
         models / "checkpoints" / "tiny_sd15.safetensors",
         server.models / "oft" / EXAMPLE_STYLE_FILE,
