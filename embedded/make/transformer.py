@@ -1,6 +1,6 @@
 """Stage 3: the transformer (SD3 family, patch 2, no qk-norm), a rectified flow on the latents of stage 2.
 
-    OFT_HOST_DIR=<ComfyUI> python -m embedded.make.transformer WORK --steps 20000
+    OFT_HOST_DIR=<ComfyUI> python -m embedded.make.transformer WORK
 
 writes WORK/transformer.safetensors (float32, averaged weights). The network is ComfyUI's own class. All filling
 tokens of a caption are the same vector, so training keeps one of them with the logarithm of their number added in
@@ -141,7 +141,7 @@ def batches(length: Tensor, size: int, generator: torch.Generator) -> list[Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW: embeddings, norms, biases, modulation")
     parser.add_argument("--muon", type=float, default=3e-3, help="learning rate of Muon: the blocks' matrices")

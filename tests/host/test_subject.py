@@ -43,7 +43,7 @@ def test_the_bounds_were_measured_with_these_settings() -> None:
 
 
 def test_the_shipped_model_draws_what_it_is_asked(emoji: None, client: Client) -> None:
-    """Through stock nodes: twelve captions, each picture nearest to the mean colour layout of its own kind."""
+    """Through stock nodes: two seeds of one caption are nearer to each other than to other captions' pictures."""
     names = [text for text, _ in other_prompts()]
     assert set(names) <= {c.name for c in concepts()}
     first = drawn(client, [(name, 1) for name in names])
