@@ -8,10 +8,11 @@ import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..oft_core.training import OPTIMIZERS, SCHEDULES, ConfigError, OFTConfig, TrainSettings
+from ..oft_core.training.presets import TRAIN_PRESETS
 from . import compat, train_host, train_mode
 from .dataset import CATEGORY, OFTDataset
 from .load import OFTAdapter
-from .train_plan import PRESETS, make_config, make_plan
+from .train_plan import make_config, make_plan
 from .train_run import Run, loss_curve
 
 OFTTrainConfig = io.Custom("OFT_TRAIN_CONFIG")
@@ -223,7 +224,7 @@ class OFTTrain(io.ComfyNode):
                 entry(io.Clip.Input, "clip"),
                 entry(io.Vae.Input, "vae"),
                 OFTDataset.Input("dataset", tooltip=TIPS["dataset"]),
-                entry(io.Combo.Input, "preset", options=list(PRESETS), default="subject"),
+                entry(io.Combo.Input, "preset", options=list(TRAIN_PRESETS), default="subject"),
                 entry(io.Int.Input, "steps", default=800, min=1, max=1000000),
                 entry(
                     io.Float.Input, "learning_rate", default=1e-3, min=1e-7, max=10.0, step=1e-5, round=False

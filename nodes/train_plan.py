@@ -10,17 +10,12 @@ from typing import Any
 
 from ..oft_core.training import ConfigError, OFTConfig, TrainSettings
 from ..oft_core.training.config import PRESETS as TARGETS
+from ..oft_core.training.presets import TRAIN_PRESETS
 from .dataset import TrainingSet
 from .train_host import ENCODERS, T5, UNET, SamplePlan
 
-FAST = r"(.*\.)?(attn2\.to_[kv]|(img_attn|txt_attn|attn)\.qkv|single_blocks\.\d+\.linear1)"
 # What is trained of text encoders: the attention layers, as they are called in CLIP and in T5.
 ENCODER_TARGETS = {ENCODERS: "attention", T5: r"(.*\.)?SelfAttention\.[qkvo]"}
-PRESETS: dict[str, dict[str, Any]] = {
-    "subject": {"target": "attention", "min_snr_gamma": 5.0, "caption_dropout": 0.0, "prior": "match"},
-    "style": {"target": "attention+ff", "min_snr_gamma": 5.0, "caption_dropout": 0.1, "prior": "none"},
-    "fast": {"target": FAST, "min_snr_gamma": 5.0, "caption_dropout": 0.0, "prior": "none"},
-}
 
 
 @dataclass(frozen=True)
@@ -146,9 +141,9 @@ def make_plan(
     config: TrainConfig | None,
 ) -> Plan:
     """Preset, then the settings node, then the main node's own knobs. Raises ConfigError."""
-    if preset not in PRESETS:
-        raise ConfigError("Unknown preset", found=preset, expected=" or ".join(PRESETS))
-    given, base = config or TrainConfig(), PRESETS[preset]
+    if preset not in TRAIN_PRESETS:
+        raise ConfigError("Unknown preset", found=preset, expected=" or ".join(TRAIN_PRESETS))
+    given, base = config or TrainConfig(), TRAIN_PRESETS[preset]
     oft = dict(given.oft)
     if not oft.get("target_modules"):
         oft["target_modules"] = base["target"]
