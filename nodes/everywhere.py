@@ -1,20 +1,23 @@
 """OFT files in everybody's LoRA loaders, by choice.
 
-While switched on, two of ComfyUI's own functions are exchanged: `comfy.sd.load_lora_for_models`, which its LoRA
-loader nodes and those of most packs call, and the weight hook's `add_hook_patches`, which "Create Hook LoRA"
-ends in. What is no OFT, and OFT that ComfyUI reads rightly itself, goes through them unchanged. Switched off,
-ComfyUI has its own function objects back. A pack that calls `comfy.lora.load_lora` itself is not reached: that
-function is given names only, without the model whose shapes some dialects need.
+While switched on, some of ComfyUI's own functions are exchanged: `comfy.sd.load_lora_for_models`, which its LoRA
+loader nodes and those of most packs call; the weight hook's `add_hook_patches`, which "Create Hook LoRA" ends in;
+and `comfy.lora.load_lora`, which loaders with block weights call themselves. That one is given names only, while
+most dialects need the layers' shapes: so the two functions that make the names hand on the model with them. What
+is no OFT, and OFT that ComfyUI reads rightly itself, goes through unchanged. Switched off, ComfyUI has its own
+function objects back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import comfy.hooks
@@ -27,7 +30,16 @@ import folder_paths
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..oft_core import Adapter, LayerRotation, ModelMismatch, ShapeError, Strength, component, read_tensors
+from ..oft_core import (
+    Adapter,
+    AdapterError,
+    LayerRotation,
+    ModelMismatch,
+    ShapeError,
+    Strength,
+    component,
+    read_tensors,
+)
 from ..oft_core.stack import names_oft
 from . import folders, host
 
@@ -40,6 +52,18 @@ ENVIRONMENT = "OFT_EVERYWHERE"
 CORE_SUFFIXES = frozenset({"oft_blocks", "alpha", "I"})
 
 Tensors = Mapping[str, torch.Tensor]
+
+_by_comfyui: ContextVar[bool] = ContextVar("by_comfyui", default=False)
+
+
+@contextlib.contextmanager
+def left_to_comfyui() -> Iterator[None]:
+    """Inside, ComfyUI's functions do what they always did: they call each other."""
+    token = _by_comfyui.set(True)
+    try:
+        yield
+    finally:
+        _by_comfyui.reset(token)
 
 
 # --- reading what a loader was given ------------------------------------------------------------------------
@@ -132,7 +156,8 @@ def core_is_right(
         return False
     if not right or not all(_in_float32(side, {p.key for p in patches} & set(side.shapes)) for side in sides):
         return False
-    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), _table(model, clip), False)
+    with left_to_comfyui():
+        loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), _table(model, clip), False)
     return set(loaded) == {p.key if p.rows is None else (p.key, (0, *p.rows)) for p in patches}
 
 
@@ -165,20 +190,22 @@ def _loader(original: Callable[..., Any]) -> Callable[..., Any]:
     without layers for what the loader has connected is left to ComfyUI, whose loader does nothing then.
     """
 
+    stock = _in_comfyui(original)
+
     @functools.wraps(original)
     def load_lora_for_models(model, clip, lora, strength_model, strength_clip, *more, **named):
         if not _on or not is_oft(lora):
-            return original(model, clip, lora, strength_model, strength_clip, *more, **named)
+            return stock(model, clip, lora, strength_model, strength_clip, *more, **named)
         adapter, rest = read(lora)
         at_model, at_clip = Strength(float(strength_model)), Strength(float(strength_clip))
         if core_is_right(adapter, lora, model, clip, at_model, at_clip):
             log.info("OFT everywhere: %s left to ComfyUI's own loader, which reads it rightly here.", adapter.name)
-            return original(model, clip, lora, strength_model, strength_clip, *more, **named)
+            return stock(model, clip, lora, strength_model, strength_clip, *more, **named)
         try:
             applied = host.apply(adapter, model, clip, at_model, at_clip)
         except ModelMismatch as error:
             log.warning("OFT everywhere: %s left to ComfyUI's own loader: %s", adapter.name, error)
-            return original(model, clip, lora, strength_model, strength_clip, *more, **named)
+            return stock(model, clip, lora, strength_model, strength_clip, *more, **named)
         _tell(adapter, rest, f"strength {at_model.value:g} and {at_clip.value:g}")
         # Callers may change what they get, so it must be a clone even where nothing is patched.
         model, clip = (
@@ -187,7 +214,7 @@ def _loader(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         if not rest:
             return model, clip
-        return original(model, clip, rest, strength_model, strength_clip, *more, **named)
+        return stock(model, clip, rest, strength_model, strength_clip, *more, **named)
 
     return load_lora_for_models
 
@@ -198,10 +225,12 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
     Never yields to ComfyUI for being right: keyframes change a hook's strength later.
     """
 
+    stock = _in_comfyui(original)
+
     @functools.wraps(original)
     def add_hook_patches(self, model, model_options, target_dict, registered):
         if not _on or not self.need_weight_init or not is_oft(self.weights):
-            return original(self, model, model_options, target_dict, registered)
+            return stock(self, model, model_options, target_dict, registered)
         if not self.should_register(model, model_options, target_dict, registered):
             return False
         for_text = target_dict.get("target") == comfy.hooks.EnumWeightTarget.Clip
@@ -219,18 +248,94 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
                 placed = host.place(adapter, [side], at, at)
             except ModelMismatch as error:
                 log.warning("OFT everywhere: %s left to ComfyUI's own hook: %s", adapter.name, error)
-                return original(self, model, model_options, target_dict, registered)
+                return stock(self, model, model_options, target_dict, registered)
             keepers = {**getattr(self.hook_ref, "oft_keepers", {})}
             keepers[side.name] = host.add_hook_patches(self, side, placed.patches[side.name])
             self.hook_ref.oft_keepers = keepers
         if rest:
             keys_of = comfy.lora.model_lora_keys_clip if for_text else comfy.lora.model_lora_keys_unet
-            loaded = comfy.lora.load_lora(rest, keys_of(model.model, {}), log_missing=False)
+            with left_to_comfyui():
+                loaded = comfy.lora.load_lora(rest, keys_of(model.model, {}), log_missing=False)
             model.add_hook_patches(hook=self, patches=loaded, strength_patch=at.value)
         registered.add(self)
         return True
 
     return add_hook_patches
+
+
+class Names(dict):
+    """ComfyUI's key table with the models that it names: what `comfy.lora.load_lora` is given."""
+
+    models: tuple[Any, ...] = ()
+
+
+def _names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of `comfy.lora.model_lora_keys_unet` and `model_lora_keys_clip`: the same table, with its model."""
+
+    @functools.wraps(original)
+    def model_lora_keys(model, key_map=None):
+        before = getattr(key_map, "models", ())
+        # Without a table of its own, ComfyUI's function would fill one that all such calls share.
+        table = Names(original(model, {} if key_map is None else key_map))
+        table.models = (*before, model)
+        return table
+
+    return model_lora_keys
+
+
+def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of `comfy.lora.load_lora`: patches by weight key, for packs that add them themselves.
+
+    Never yields to ComfyUI for being right: the strength is known to the caller alone. Raises what `_loader`'s
+    function raises, and `AdapterError` for a file that has more than one change for the same rows.
+    """
+
+    @functools.wraps(original)
+    def load_lora(lora, to_load, log_missing=True):
+        if not _on or _by_comfyui.get() or not is_oft(lora):
+            return original(lora, to_load, log_missing)
+        sides = [host.bare_side(model) for model in getattr(to_load, "models", ())]
+        if not sides:
+            log.warning("OFT everywhere: left to ComfyUI: a pack gave names only, without the model behind them.")
+            return original(lora, to_load, log_missing)
+        adapter, rest = read(lora)
+        full = Strength(1.0)
+        try:
+            placed = host.place(adapter, sides, full, full)
+        except ModelMismatch as error:
+            log.warning("OFT everywhere: %s left to ComfyUI's own loader: %s", adapter.name, error)
+            return original(lora, to_load, log_missing)
+        _tell(adapter, rest, "as patches for another pack")
+        found: dict[Any, Any] = {}
+        for side in sides:
+            mine = [patch for patch, _ in placed.patches[side.name]]
+            dictionaries, keeper = host.make_patches(side, mine, full.mode, full.coft)
+            if len(dictionaries) > 1:
+                raise AdapterError(
+                    "This loader cannot apply a file that changes the same rows twice",
+                    file=adapter.path,
+                    found=f"two changes of {next(iter(dictionaries[1]))}",
+                    hint="Use Load OFT.",
+                )
+            for made in dictionaries:
+                for patch in made.values():
+                    patch.keeper = keeper  # what was built lives as long as the patches
+                found |= made
+        with left_to_comfyui():
+            return found | (original(rest, to_load, log_missing) if rest else {})
+
+    return load_lora
+
+
+def _in_comfyui(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ComfyUI's function with all that it calls left to ComfyUI."""
+
+    @functools.wraps(original)
+    def stock(*given, **named):
+        with left_to_comfyui():
+            return original(*given, **named)
+
+    return stock
 
 
 def _tell(adapter: Adapter, rest: Tensors, how: str) -> None:
@@ -277,6 +382,9 @@ class Exchange:
 EXCHANGES = (
     Exchange(comfy.sd, "load_lora_for_models", _loader),
     Exchange(comfy.hooks.WeightHook, "add_hook_patches", _hook),
+    Exchange(comfy.lora, "model_lora_keys_unet", _names),
+    Exchange(comfy.lora, "model_lora_keys_clip", _names),
+    Exchange(comfy.lora, "load_lora", _by_names),
 )
 _on = False
 

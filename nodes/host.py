@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
+import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.utils
@@ -43,7 +45,7 @@ from ..oft_core import (
 )
 from ..oft_core.adapter import apply_swapped_
 from ..oft_core.block_weights import address, counted, factors
-from . import cache, runtime, track
+from . import cache, layers, runtime, track
 
 log = logging.getLogger("oft")
 
@@ -97,13 +99,13 @@ def _aliases(table: Mapping[str, Any]) -> dict[str, Target]:
 
 
 def _shapes(patcher: Any) -> dict[str, tuple[int, ...]]:
-    """Parameter key -> shape. GGUF layers put stand-ins, shaped as the packed bytes, into the state dict."""
+    """Parameter key -> shape, as the layers mean it where they hold packed bytes."""
     shapes = {}
-    for key, value in patcher.model_state_dict().items():
-        shown = comfy.utils.get_attr(patcher.model, key) if value.is_meta else value
-        shape = tuple(shown.shape)
-        packed = key.endswith(".weight") and not value.is_meta and not value.is_floating_point()
-        shapes[key] = runtime.logical_shape(patcher.model, key, shape) if packed else shape
+    for key, value in layers.tensors_of(patcher.model, patcher.model_state_dict()):
+        shape = tuple(value.shape)
+        # Numbers of one byte too: blocks with common scales are padded to whole blocks.
+        packed = key.endswith(".weight") and (value.dtype.itemsize == 1 or not value.is_floating_point())
+        shapes[key] = layers.logical_shape(patcher.model, key, shape) if packed else shape
     return shapes
 
 
@@ -140,6 +142,15 @@ def text_side(patcher: Any) -> Side:
     """Text encoders known by their patcher alone, as hooks are given them."""
     aliases = _aliases(comfy.lora.model_lora_keys_clip(patcher.model, {}))
     return Side("clip", "Text encoders", patcher, patcher, _shapes(patcher), aliases)
+
+
+def bare_side(model: Any) -> Side:
+    """The side of a diffusion or text encoder module without its patcher; a loaded one's patcher is looked up."""
+    loaded = (entry.model for entry in comfy.model_management.current_loaded_models)
+    cpu = torch.device("cpu")
+    patcher = next((p for p in loaded if p is not None and p.model is model), None)
+    patcher = patcher or comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return model_side(patcher) if isinstance(model, comfy.model_base.BaseModel) else text_side(patcher)
 
 
 def sides_of(model: Any | None, clip: Any | None) -> list[Side]:
@@ -255,7 +266,7 @@ class Keeper:
 
 def _base_row_norm(patcher: Any, patch: Patch) -> torch.Tensor:
     """Row norms (rows,) float32 of the layer's unpatched, dequantised weight."""
-    weight = runtime.plain_weight(patcher, patch.key)
+    weight = layers.plain_weight(patcher, patch.key)
     if weight is None:
         stored = comfy.utils.get_attr(patcher.model, patch.key)
         raise AdapterError(

@@ -8,7 +8,9 @@ import re
 import sys
 from pathlib import Path
 
+import comfy.lora
 import comfy.model_management
+import comfy.utils
 import folder_paths
 from safetensors.torch import save_file
 
@@ -99,6 +101,43 @@ class TinyPacked:
         return (gguf_layers.make_model(families, family)[0],)
 
 
+class TinyFailure:
+    """A model that raises while it samples: at the given step, behind the first layer whose name fits."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "step": ("INT", {"default": 2, "min": 0, "max": 1000}),
+                "layer": ("STRING", {"default": "."}),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "_for_testing/tiny"
+
+    def patch(self, model, step, layer):
+        name, module = next((n, m) for n, m in model.model.named_modules() if re.search(layer, n))
+
+        def fail(*_):
+            raise RuntimeError(f"on purpose: step {step}, behind {name}")
+
+        def wrapper(apply_model, call):
+            now = call["timestep"][0] <= call["c"]["transformer_options"]["sample_sigmas"][step]
+            hook = module.register_forward_hook(fail) if now else None
+            try:
+                return apply_model(call["input"], call["timestep"], **call["c"])
+            finally:
+                if hook is not None:
+                    hook.remove()
+
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(wrapper)
+        return (clone,)
+
+
 class TinyLoraStack:
     """Stands in for other packs' LoRA stackers: a list of (name, strength_model, strength_clip) from JSON."""
 
@@ -131,17 +170,55 @@ class TinyShowLoraStack:
         return {"ui": {"text": [json.dumps(lora_stack)]}}
 
 
+class TinyLoraByNames:
+    """Stands in for packs with block weights: asks ComfyUI for patches by names and adds some of them itself."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        strength = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05})
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "clip": ("CLIP",),
+                "lora_name": (folder_paths.get_filename_list("loras"),),
+                "strength_model": strength,
+                "strength_clip": strength,
+                "without": ("STRING", {"default": "", "tooltip": "Leaves out keys with this text in them."}),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL", "CLIP")
+    FUNCTION = "load"
+    CATEGORY = "_for_testing/tiny"
+
+    def load(self, model, clip, lora_name, strength_model, strength_clip, without):
+        tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", lora_name))
+        names = comfy.lora.model_lora_keys_unet(model.model, {})
+        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+        patches = comfy.lora.load_lora(tensors, names)
+        if without:
+            patches = {key: patch for key, patch in patches.items() if without not in str(key)}
+        model, clip = model.clone(), clip.clone()
+        model.add_patches(patches, strength_model)
+        clip.add_patches(patches, strength_clip)
+        return (model, clip)
+
+
 NODE_CLASS_MAPPINGS = {
     "Tiny_Checkpoint": TinyCheckpoint,
     "Tiny_SaveWeights": TinySaveWeights,
     "Tiny_Packed": TinyPacked,
+    "Tiny_Failure": TinyFailure,
     "Tiny_LoraStack": TinyLoraStack,
     "Tiny_ShowLoraStack": TinyShowLoraStack,
+    "Tiny_LoraByNames": TinyLoraByNames,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "Tiny_Packed": "Tiny Packed Model (test)",
+    "Tiny_Failure": "Failing Model (test)",
     "Tiny_LoraStack": "LoRA Stack (test)",
     "Tiny_ShowLoraStack": "Show LoRA Stack (test)",
+    "Tiny_LoraByNames": "LoRA by names (test)",
     "Tiny_Checkpoint": "Tiny Checkpoint (test)",
     "Tiny_SaveWeights": "Save Weights (test)",
 }

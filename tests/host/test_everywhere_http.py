@@ -238,6 +238,43 @@ def test_hooks(client: Client, files: dict[str, str]) -> None:
     assert (hooked(theirs("input")) == stock).all()
 
 
+def by_names(name: str, strength: float, without: str = ""):
+    def add(g: Graph, parts: Parts) -> Parts:
+        node = g.Tiny_LoraByNames(
+            model=parts.model, clip=parts.clip, lora_name=name, strength_model=strength, strength_clip=strength / 2,
+            without=without,
+        )  # fmt: skip
+        return Parts(node[0], node[1], parts.vae)
+
+    return add
+
+
+def test_packs_that_add_the_patches_themselves(
+    client: Client, host: ComfyServer, files: dict[str, str]
+) -> None:
+    def whole(g: Graph, parts: Parts) -> Parts:
+        node = g.OFT_Load(
+            model=parts.model, clip=parts.clip, oft_name=files["input"], strength_model=0.8, strength_clip=0.4
+        )
+        return Parts(node[0], node[1], parts.vae)
+
+    base, expected = picture(client), picture(client, whole)
+    assert (picture(client, by_names(files["input"], 0.8)) == base).all()
+    plain, mixed = picture(client, by_names(files["lora"], 0.8)), picture(client, by_names(files["mixed_lora"], 0.8))
+    turn(client, True)
+    result, said = log_of(host, lambda: picture(client, by_names(files["input"], 0.8)))
+    assert (result == expected).all() and "as patches for another pack" in said
+    part = picture(client, by_names(files["input"], 0.8, without="input_blocks"))
+    assert (part != expected).any() and (part != base).any(), "the pack's own choice of layers counts"
+    result, said = log_of(host, lambda: picture(client, by_names(files["lora"], 0.8)))
+    assert (result == plain).all() and "OFT everywhere" not in said
+    assert (picture(client, by_names(files["mixed"], 0.8)) != mixed).any(), "rotations beside a LoRA are used too"
+    result, said = log_of(host, lambda: picture(client, by_names(files["flux"], 0.8)))
+    assert (result == base).all() and "left to ComfyUI" in said
+    turn(client, False)
+    assert (picture(client, by_names(files["input"], 0.8)) == base).all()
+
+
 def test_a_file_for_another_model_is_left_to_comfyui(
     client: Client, host: ComfyServer, files: dict[str, str]
 ) -> None:

@@ -21,7 +21,19 @@ def everywhere(pack: ModuleType):
 
 
 def now(comfy: ModuleType) -> tuple:
-    return comfy.sd.load_lora_for_models, vars(comfy.hooks.WeightHook)["add_hook_patches"]
+    names = ("load_lora", "model_lora_keys_unet", "model_lora_keys_clip")
+    theirs = (getattr(comfy.lora, name) for name in names)
+    return comfy.sd.load_lora_for_models, vars(comfy.hooks.WeightHook)["add_hook_patches"], *theirs
+
+
+def test_names_alone_are_left_to_comfyui(
+    comfy: ModuleType, everywhere: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table that was copied has lost its model: nothing can be placed, and that is said."""
+    everywhere.turn(True)
+    oft = {"x.oft_R.weight": torch.zeros(1, 28)}
+    assert comfy.lora.load_lora(oft, {"x": "diffusion_model.x.weight"}, False) == {}
+    assert "names only" in caplog.text
 
 
 def test_off_gives_the_same_functions_back(comfy: ModuleType, everywhere: ModuleType) -> None:
