@@ -2,6 +2,7 @@
 
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --grid        learning rates, on other subjects
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --minutes 60  the runs; goes on where it stopped
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --guide       the settings of docs/training.md
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --report docs tables and plots of what there is
 
 WORK is the folder of ``python -m embedded.make.pictures`` (its pictures train the encoder that measures).
@@ -28,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,10 +43,11 @@ from embedded import model as shipped
 from embedded.autoencoder import decoder, encoder
 from embedded.captions import COLOURS, PLACES, Concept, caption, concepts
 from embedded.make.transformer import Captions, Network, host_class
-from embedded.pictures import TRAIN_VIEWS, prompt, subjects, views
+from embedded.pictures import TRAIN_VIEWS, cutout, prompt, subjects, view, views
 from oft_core.rotation import pack_skew, unpack_skew
 from oft_core.training import (
     Loaded,
+    Noised,
     Objective,
     OFTConfig,
     Order,
@@ -55,10 +58,12 @@ from oft_core.training import (
 )
 from oft_core.training.loop import _CLASS_SLOTS as CLASS_SLOTS
 from oft_core.training.objective import per_sample_error, shifted
+from oft_core.training.presets import TRAIN_PRESETS
 
 SHIFT = 3.0  # of SD3's noise levels, in training as in drawing
 GRID_SUBJECTS = ("castle", "owl", "guitar")  # for choosing learning rates; never reported
 GRID_STEPS = (50, 100, 200, 400)
+SUBJECTS = 12  # behind the reported numbers
 STEPS = (25, 50, 100, 200, 400)
 LONG_STEPS = (*STEPS, 1000, 2000)
 BATCH = 1  # as OFT_Train has it
@@ -93,11 +98,23 @@ def task_texts(subject: Concept) -> dict[str, list[str]]:
     return {"subject": [own] * 6, "class": [subject.kind] * 4, "other": others, "follow": follow}
 
 
-def other_things(subject: Concept, count: int) -> list[str]:
-    """Names of known things that `task_texts` does not ask for: what a prior can be matched on."""
-    asked_for = {asked(t)[0] for t in task_texts(subject)["other"]}
-    names = [c.name for c in concepts() if not c.held and c.name not in asked_for]
-    return random.Random(f"prior {subject.name}").sample(names, count)
+def view_captions(subject: Concept, kinds: Iterable[tuple[int, int, int, bool]]) -> list[str]:
+    """What is said of views (size, x, y, mirrored): trigger and class, and whether it is mirrored."""
+    return [caption(prompt(subject), mirrored=mirrored) for *_, mirrored in kinds]
+
+
+def class_prompts(subject: Concept, composed: bool = False) -> list[str]:
+    """What a prior is matched on: the class word; `composed`: also with every background and place, and both."""
+    kind, colours, places = subject.kind, sorted(COLOURS), sorted(PLACES)
+    if not composed:
+        return [kind]
+    both = zip(colours, itertools.cycle(places), strict=False)
+    return [
+        kind,
+        *(caption(kind, colour) for colour in colours),
+        *(caption(kind, None, place) for place in places),
+        *(caption(kind, colour, place) for colour, place in both),
+    ]
 
 
 def asked(text: str) -> tuple[str, str, str]:
@@ -130,6 +147,8 @@ class World:
             part.load_state_dict(own)
             part.requires_grad_(False).eval()
         texts = {t for s in subjects() for part in task_texts(s).values() for t in part}
+        texts |= {t for s in subjects() for t in class_prompts(s, composed=True)}
+        texts |= {t for s in subjects() for t in view_captions(s, metrics.HELD_VIEWS)}
         texts = sorted(texts | {c.name for c in concepts()} | set(more))
         self.number = {"": 0, **{text: i + 1 for i, text in enumerate(texts)}}
         self.captions = Captions(texts)
@@ -185,11 +204,13 @@ class World:
             for name, weight in before.items():
                 self.network.core.get_submodule(name).weight.data = weight
 
-    def effective(self) -> dict[str, Tensor]:
-        """The trained layers' weights as their forwards act now (answers to unit vectors, no bias)."""
+    def effective(self, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The layers' weights as their forwards act now (answers to unit vectors, no bias); of the attention
+        if not told otherwise.
+        """
         out = {}
         with torch.no_grad():
-            for name in self.layers:
+            for name in self.layers if layers is None else layers:
                 layer = self.network.core.get_submodule(name)
                 unit = torch.eye(layer.in_features)
                 out[name] = (layer(unit) - layer(torch.zeros(1, layer.in_features))).T.contiguous()
@@ -219,8 +240,8 @@ class Task:
     records: list[Record] = field(init=False)
 
     def __post_init__(self) -> None:
-        text = prompt(self.subject)
-        self.records = [Record(str(i), text, (64, 64)) for i in range(len(self.train))]
+        texts = view_captions(self.subject, training_views(len(self.train)))
+        self.records = [Record(str(i), text, (64, 64)) for i, text in enumerate(texts)]
 
     @classmethod
     def of(
@@ -231,9 +252,15 @@ class Task:
         return cls(subject, train, held, seed, batch)
 
 
-def objective() -> Objective:
+def objective(caption_dropout: float = 0.0) -> Objective:
     """What OFT_Train finds for this model: rectified flow, logit-normal levels, SD3's shift."""
-    return Objective(prediction="flow", sampling="logit_normal", shift=SHIFT)
+    return Objective("flow", sampling="logit_normal", shift=SHIFT, caption_dropout=caption_dropout)
+
+
+def match_records(task: Task, composed: bool) -> list[Record]:
+    """The class prompts that a prior is matched on."""
+    texts = class_prompts(task.subject, composed)
+    return [Record(f"class {i}", text, (0, 0), role="class") for i, text in enumerate(texts)]
 
 
 # ---------------------------------------------------------------- methods
@@ -243,19 +270,28 @@ class Ours:
     """The pack's own engine, as OFT_Train uses it."""
 
     def __init__(
-        self, world: World, task: Task, lr: float, config: OFTConfig, prior: str = "none", others: int = 0
+        self,
+        world: World,
+        task: Task,
+        lr: float,
+        config: OFTConfig,
+        prior: str = "none",
+        composed: bool = False,
+        caption_dropout: float = 0.0,
+        **settings: Any,
     ) -> None:
-        """`others`: so many known things (none that is measured) are matched beside the class word."""
+        """`composed`: of `class_prompts`, to match.   `settings`: more of the engine's TrainSettings."""
         self.world, self.task = world, task
         core = world.network.core
-        self.bank = RotationBank({"unet": (core, config.select(core))}, seed=task.seed)
+        selection = config.select(core)
+        self.layers = [c.name for c in selection.layers]
+        self.bank = RotationBank({"unet": (core, selection)}, seed=task.seed)
         latents = {r.name: z for r, z in zip(task.records, task.train, strict=True)}
-        kind = task.subject.kind
         class_records = []
         if prior == "match":
-            texts = [kind, *other_things(task.subject, others)]
-            class_records = [Record(f"class {i}", text, (0, 0), role="class") for i, text in enumerate(texts)]
+            class_records = match_records(task, composed)
         elif prior == "pictures":
+            kind = task.subject.kind
             class_records = [Record(f"class {i}", kind, (64, 64), role="class") for i in range(16)]
             noise = torch.randn(16, 16, 8, 8, generator=torch.Generator().manual_seed(task.seed))
             drawn = world.draw([kind] * 16, noise)
@@ -263,16 +299,20 @@ class Ours:
         self.until = 0
         self.trainer = Trainer(
             self.bank,
-            TrainSettings(steps=1 << 30, batch_size=task.batch, lr=lr, seed=task.seed, prior=prior),
-            objective(),
+            TrainSettings(
+                steps=1 << 30, batch_size=task.batch, lr=lr, seed=task.seed, prior=prior, **settings
+            ),
+            objective(caption_dropout),
             task.records,
             load=lambda records: Loaded(torch.stack([latents[r.name] for r in records])),
-            predict=lambda noised, records: world.velocity(
-                noised.x_t, noised.sigma, [r.caption for r in records]
-            ),
+            predict=self._predict,
             class_records=class_records,
             should_stop=lambda: self.trainer.step >= self.until,
         )
+
+    def _predict(self, noised: Noised, records: list[Record]) -> Tensor:
+        texts = ["" if drop else r.caption for drop, r in zip(noised.drop, records, strict=True)]
+        return self.world.velocity(noised.x_t, noised.sigma, texts)
 
     def advance(self, until: int) -> None:
         self.until = until
@@ -280,7 +320,7 @@ class Ours:
 
     def weights(self, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         with self.bank.installed(), self.bank.evaluation(values):
-            return self.world.effective()
+            return self.world.effective(self.layers)
 
     def random_weights(self) -> dict[str, Tensor]:
         """Weights turned by the same angles in random planes: every generator q becomes o q o^T, o random
@@ -308,10 +348,13 @@ class Ours:
 class Rival:
     """Another package's adapter, trained with the same order, noise, levels, optimizer and gradient norm."""
 
-    def __init__(self, world: World, task: Task, lr: float, method: Any, match: bool = False) -> None:
-        """`match`: prior preservation as our engine does it: the frozen model's answer to the class word."""
+    def __init__(
+        self, world: World, task: Task, lr: float, method: Any, match: bool = False, composed: bool = False
+    ) -> None:
+        """`match`: prior preservation as our engine does it: the frozen model's answers to `class_prompts`."""
         self.world, self.task, self.method = world, task, method
-        self.match = [Record("class", task.subject.kind, (0, 0), role="class")] * task.batch if match else []
+        records = match_records(task, composed)
+        self.class_order = Order(records, task.batch, task.seed + 1) if match else None
         settings = TrainSettings()
         self.clip = settings.clip
         self.optimizer = torch.optim.AdamW(method.parameters, lr=lr, weight_decay=settings.weight_decay)
@@ -325,12 +368,13 @@ class Rival:
             latents = torch.stack([self.task.train[int(r.name)] for r in records])
             slots = range(len(records))
             parts = [(self.objective.noised(latents, self.task.seed, self.step, slots), records, None)]
-            if self.match:
+            if self.class_order is not None:
+                match = self.class_order.batch(self.step)
                 slots = range(CLASS_SLOTS, CLASS_SLOTS + len(records))
                 noised = self.objective.noised(latents, self.task.seed, self.step, slots)
                 with torch.no_grad():
-                    target = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in self.match])
-                parts.append((noised, self.match, target))
+                    target = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in match])
+                parts.append((noised, match, target))
             with self.method.install():
                 for noised, some, target in parts:
                     answer = self.world.velocity(noised.x_t, noised.sigma, [r.caption for r in some])
@@ -349,7 +393,7 @@ class Rival:
         return {}
 
 
-def _lora(rank: int, match: bool = False) -> Callable[[World, Task, float], Rival]:
+def _lora(rank: int, match: bool = False, composed: bool = False) -> Callable[[World, Task, float], Rival]:
     def make(world: World, task: Task, lr: float) -> Rival:
         from peft import LoraConfig
 
@@ -358,7 +402,7 @@ def _lora(rank: int, match: bool = False) -> Callable[[World, Task, float], Riva
         method = peft_method(
             SimpleNamespace(model=world.network.core, targets=world.layers), f"LoRA {rank}", config
         )
-        return Rival(world, task, lr, method, match)
+        return Rival(world, task, lr, method, match, composed)
 
     return make
 
@@ -394,8 +438,25 @@ def _lycoris(world: World, task: Task, lr: float) -> Rival:
     )
 
 
-def _ours(prior: str = "none", others: int = 0, **config: Any) -> Callable[[World, Task, float], Ours]:
-    return lambda world, task, lr: Ours(world, task, lr, OFTConfig(**config), prior, others)
+def _ours(
+    prior: str = "none",
+    composed: bool = False,
+    caption_dropout: float = 0.0,
+    settings: dict[str, Any] | None = None,
+    **config: Any,
+) -> Callable[[World, Task, float], Ours]:
+    def make(world: World, task: Task, lr: float) -> Ours:
+        more = settings or {}
+        return Ours(world, task, lr, OFTConfig(**config), prior, composed, caption_dropout, **more)
+
+    return make
+
+
+def _preset(name: str, **config: Any) -> Callable[[World, Task, float], Ours]:
+    """As Train OFT does with one of its presets and a class prompt."""
+    preset = TRAIN_PRESETS[name]
+    config = {"target_modules": preset["target"], **config}
+    return _ours(preset["prior"], caption_dropout=preset["caption_dropout"], **config)
 
 
 @dataclass(frozen=True)
@@ -414,17 +475,92 @@ METHODS: dict[str, Method] = {
     "oft32": Method("OFT b32 (ours)", _ours(oft_block_size=32), OFT_RATES),
     "oft16": Method("OFT b16 (ours)", _ours(oft_block_size=16), "oft32"),
     "coft": Method("OFT b32, 15° cap (ours)", _ours(oft_block_size=32, angle_cap=15.0), "oft32"),
-    "oft32-match": Method("OFT b32 + prior match (ours)", _ours("match", oft_block_size=32), "oft32"),
+    "oft32-match": Method("OFT b32 + prior match (ours)", _ours("match", oft_block_size=32), OFT_RATES),
     "oft32-pictures": Method(
-        "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32"
+        "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32-match"
     ),
     "lora4": Method("LoRA rank 4 (PEFT)", _lora(4), LORA_RATES),
     "lora16": Method("LoRA rank 16 (PEFT)", _lora(16), LORA_RATES),
-    "lora16-match": Method("LoRA rank 16 + prior match", _lora(16, match=True), "lora16"),
+    "lora16-match": Method("LoRA rank 16 + prior match", _lora(16, match=True), LORA_RATES),
     "core": Method("OFT (ComfyUI core)", _core, WEIGHT_RATES),
     "lycoris": Method("Diag-OFT (LyCORIS)", _lycoris, WEIGHT_RATES),
 }
 CONTROL = "oft32"  # the method whose rotations are also tried with random planes
+
+# The settings of docs/training.md: Train OFT's defaults, and one thing changed at a time.
+GUIDE_STEPS = (100, 200, 400, 800)
+GUIDE_PICTURES = (10, 20)  # beside PICTURES, with the defaults
+RATE, BLOCK = 1e-3, 32
+
+
+def _guide(lr: float = RATE, preset: str = "subject", **config: Any) -> Method:
+    return Method("", _preset(preset, **{"oft_block_size": BLOCK, **config}), (lr,))
+
+
+def _weighted(weight: float) -> Method:
+    prior, settings = ("match", {"prior_weight": weight}) if weight else ("none", None)
+    return Method("", _ours(prior, settings=settings, oft_block_size=BLOCK), (RATE,))
+
+
+GUIDE: dict[str, Method] = {
+    "guide": _guide(),
+    "guide-lr0.003": _guide(lr=3e-3),
+    "guide-weight0": _weighted(0),
+    "guide-weight3": _weighted(3.0),
+    "guide-block8": _guide(oft_block_size=8),
+    "guide-block64": _guide(oft_block_size=64),
+    "guide-block192": _guide(oft_block_size=192),
+    "guide-cap10": _guide(angle_cap=10.0),
+    "guide-eps0.3": _guide(coft=True, eps=0.3),
+    "guide-style": _guide(preset="style"),
+    "guide-fast": _guide(preset="fast"),
+    "guide-weight0.3": _weighted(0.3),
+    "guide-cap5": _guide(angle_cap=5.0),
+    "guide-eps0.1": _guide(coft=True, eps=0.1),
+    "guide-eps6e-05": _guide(coft=True, eps=6e-5),
+}
+# Table of docs/training.md -> head of its first column, and its rows: what is said there, variant, pictures.
+GUIDE_TABLES: dict[str, tuple[str, list[tuple[str, str, int]]]] = {
+    "pictures": ("pictures", [(str(n), "guide", n) for n in (PICTURES, *GUIDE_PICTURES)]),
+    "rate": ("learning rate", [("0.001 (default)", "guide", PICTURES), ("0.003", "guide-lr0.003", PICTURES)]),
+    "prior": (
+        "prior weight",
+        [
+            ("0 (none)", "guide-weight0", PICTURES),
+            ("0.3", "guide-weight0.3", PICTURES),
+            ("1 (default)", "guide", PICTURES),
+            ("3", "guide-weight3", PICTURES),
+        ],
+    ),
+    "block": (
+        "block size",
+        [
+            ("8", "guide-block8", PICTURES),
+            ("32 (default)", "guide", PICTURES),
+            ("64", "guide-block64", PICTURES),
+            ("192 (a whole layer)", "guide-block192", PICTURES),
+        ],
+    ),
+    "limit": (
+        "limit",
+        [
+            ("60° (default)", "guide", PICTURES),
+            ("`angle` 10", "guide-cap10", PICTURES),
+            ("`angle` 5", "guide-cap5", PICTURES),
+            ("`eps` 0.3", "guide-eps0.3", PICTURES),
+            ("`eps` 0.1", "guide-eps0.1", PICTURES),
+            ("`eps` 0.00006 (PEFT's default)", "guide-eps6e-05", PICTURES),
+        ],
+    ),
+    "preset": (
+        "preset",
+        [(f"`{n}`", "guide" if n == "subject" else f"guide-{n}", PICTURES) for n in TRAIN_PRESETS],
+    ),
+}
+
+
+def method_of(name: str) -> Method:
+    return METHODS[name] if name in METHODS else GUIDE[name]
 
 
 # ---------------------------------------------------------------- measuring
@@ -438,7 +574,7 @@ class Judge:
     space: metrics.Known
     task: Task
     base: dict[str, float] = field(init=False)
-    ceiling: float = field(init=False)
+    ceilings: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         groups = task_texts(self.task.subject)
@@ -449,15 +585,28 @@ class Judge:
         self.noise = torch.randn(len(self.texts), 16, 8, 8, generator=generator)
         self.levels = shifted(torch.linspace(0.1, 0.9, 5), SHIFT).repeat_interleave(len(self.task.held))
         self.held_noise = torch.randn(len(self.levels), 16, 8, 8, generator=generator)
-        # What a perfect learner could reach: the training views as the autoencoder shows them.
-        seen = self.world.decode(self.task.train)
-        self.ceiling = metrics.similarity(self.space, seen, self.task.subject)
-        self.own_weights = {
-            n: self.world.network.core.get_submodule(n).weight.data for n in self.world.layers
+        # What a perfect learner could reach, as the autoencoder shows it: the training views, and the subject
+        # with the backgrounds and places that are asked for.
+        composed = self.world.encode(metrics.as_tensor(self._composed()))
+        could = {"similarity": self.task.train, "carried": composed}
+        self.ceilings = {
+            name: round(metrics.similarity(self.space, self.world.decode(latents), self.task.subject), 6)
+            for name, latents in could.items()
         }
+        modules = self.world.network.core.named_modules()
+        self.own_weights = {n: m.weight.data for n, m in modules if isinstance(m, nn.Linear)}
         self.frozen = self.world.decode(self.world.draw(self.texts, self.noise))
         self.unlike = metrics.spread(self.frozen[self.part["other"]])
         self.base = self._row(self.frozen, {})
+
+    def _composed(self) -> list[np.ndarray]:
+        """The subject as the captions of `follow` say, uint8 [64, 64, 3] each."""
+        art, out = cutout(self.task.subject), []
+        for text in self.texts[self.part["follow"]]:
+            _, colour, place = asked(text)
+            colour, place = (None if word in ("white", "whole") else word for word in (colour, place))
+            out.append(view(art, colour=colour, place=place))
+        return out
 
     def look(self, weights: dict[str, Tensor]) -> tuple[dict[str, float], Tensor]:
         """All measures with these weights, and the pictures [34, 3, 64, 64]."""
@@ -518,10 +667,11 @@ class Judge:
     def _loss(self) -> float:
         """Denoising error on the held-out views at five levels, always the same noise."""
         clean = self.task.held.repeat(5, 1, 1, 1)
+        texts = view_captions(self.task.subject, metrics.HELD_VIEWS) * 5
         s = self.levels[:, None, None, None]
         with torch.no_grad():
             answer = self.world.velocity(
-                (1 - s) * clean + s * self.held_noise, self.levels, [prompt(self.task.subject)] * len(s)
+                (1 - s) * clean + s * self.held_noise, self.levels, texts
             )
         return (answer - (self.held_noise - clean)).square().mean().item()
 
@@ -591,6 +741,15 @@ def main_jobs(
     return out
 
 
+def guide_jobs(count: int) -> list[Job]:
+    """All settings of the guide for its first subject, then for the next; none is a subject of the evaluation."""
+    names = [s.name for s in reported_subjects()[SUBJECTS:]]
+    variants = [(m, PICTURES) for m in GUIDE] + [("guide", n) for n in GUIDE_PICTURES]
+    return [
+        Job("guide", m, GUIDE[m].grid[0], s, 0, GUIDE_STEPS, BATCH, n) for s in names[:count] for m, n in variants
+    ]
+
+
 def balance(row: dict[str, float], line: dict[str, Any]) -> float:
     """Harmonic mean of fidelity and of what is kept of the prior, 0..1: what a learning rate is chosen by."""
     fidelity, kept = min(max(normalised(row["similarity"], line), 0.0), 1.0), max(1 - row["drift"], 0.0)
@@ -598,15 +757,16 @@ def balance(row: dict[str, float], line: dict[str, Any]) -> float:
 
 
 def normalised(similarity: float, line: dict[str, Any], of: str = "similarity") -> float:
-    """Similarity to the held-out views: 0 as the frozen model's pictures, 1 as the training views.
+    """Similarity to the held-out views: 0 as the frozen model's pictures, 1 as the subject itself.
 
-    `of`: which pictures' similarity of the frozen model counts as 0.
+    `of`: which pictures are meant: their similarity of the frozen model counts as 0. The subject itself is its
+    training views, for "carried" the subject with the backgrounds and places that were asked for.
     """
     low = line["base"][of]
-    return (similarity - low) / (line["ceiling"] - low)
+    return (similarity - low) / (line["ceilings"].get(of, line["ceilings"]["similarity"]) - low)
 
 
-def chosen_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
+def chosen_rates(lines: list[dict[str, Any]], methods: Iterable[str] = tuple(METHODS)) -> dict[str, float]:
     """Every method's learning rate: the one with the best balance, at its best checkpoint, over subjects.
 
     Only subjects on which the whole grid of a method was run count. Raises ValueError where there is none.
@@ -617,8 +777,9 @@ def chosen_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
             best = max(balance(row, line) for row in line["rows"])
             found.setdefault(line["method"], {}).setdefault(line["subject"], {})[line["lr"]] = best
     out = {}
-    for name, method in METHODS.items():
-        source = method.grid if isinstance(method.grid, str) else name
+    for name in methods:
+        grid = METHODS[name].grid
+        source = grid if isinstance(grid, str) else name
         rates = METHODS[source].grid
         whole = [tried for tried in found.get(source, {}).values() if set(rates) <= set(tried)]
         if not whole:
@@ -638,7 +799,7 @@ def run(
         task = Task.of(world, subject, job.seed, job.batch, job.pictures)
         judges[which] = Judge(world, space, task)
     judge = judges[which]
-    learner = METHODS[job.method].make(world, judge.task, job.lr)
+    learner = method_of(job.method).make(world, judge.task, job.lr)
     rows, control, sheet, seconds = [], [], [judge.frozen], 0.0
     for step in job.steps:
         begun = time.process_time()
@@ -656,7 +817,7 @@ def run(
     return {
         "stage": job.stage, "weights": world.digest, "method": job.method, "lr": job.lr,
         "subject": job.subject, "seed": job.seed, "batch": job.batch, "pictures": job.pictures,
-        "draw": [DRAW_STEPS, CFG], "ceiling": round(judge.ceiling, 6),
+        "draw": [DRAW_STEPS, CFG], "ceilings": judge.ceilings,
         "base": judge.base, "rows": rows, "control": control, "train_cpu_seconds": round(seconds, 2),
     }  # fmt: skip
 
@@ -721,8 +882,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--grid", action="store_true", help="try learning rates on the subjects kept for it")
     parser.add_argument("--grid-subjects", type=int, default=2)
+    parser.add_argument("--guide", action="store_true", help="run the settings that docs/training.md compares")
+    parser.add_argument("--guide-subjects", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--subjects", type=int, default=12)
+    parser.add_argument("--subjects", type=int, default=SUBJECTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--long", type=int, default=4, help="how many subjects have runs of 2,000 steps")
     parser.add_argument("--batch", type=int, default=BATCH)
@@ -756,9 +919,13 @@ def main() -> None:
     lines = read(results)
     if options.grid:
         jobs = grid_jobs(options.methods, options.grid_subjects, options.batch)
-        done = finished(x for x in lines if x["stage"] == "grid")
+        done = finished(x for x in lines if x["stage"] == "grid" and x["weights"] == world.digest)
+    elif options.guide:
+        jobs = guide_jobs(options.guide_subjects)
+        done = finished(x for x in lines if x["stage"] == "guide" and x["weights"] == world.digest)
     else:
-        rates = chosen_rates([x for x in lines if x["batch"] == options.batch])
+        mine = [x for x in lines if x["batch"] == options.batch and x["weights"] == world.digest]
+        rates = chosen_rates(mine, options.methods)
         print("learning rates: " + ", ".join(f"{m} {rates[m]:g}" for m in options.methods))
         more = {"batch": options.batch, "pictures": options.pictures}
         jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, **more)

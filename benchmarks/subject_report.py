@@ -13,6 +13,8 @@ from subject import (
     BATCH,
     CONTROL,
     GRID_STEPS,
+    GUIDE_STEPS,
+    GUIDE_TABLES,
     LONG_STEPS,
     METHODS,
     PICTURES,
@@ -26,9 +28,11 @@ from subject import (
 Line = dict[str, Any]
 Row = dict[str, float]
 BEGIN, END = "<!-- tables of benchmarks/subject.py -->", "<!-- end of the tables -->"
+GUIDE_BEGIN, GUIDE_END = "<!-- guide: {} -->", "<!-- end of guide: {} -->"  # around each table of training.md
 LONG_MEASURES = ("fidelity", "drift", "class_drift", "kept", "carried", "follow")
 LEVELS = (0.5, 0.7)  # of fidelity, at which methods are compared
 REFERENCE = "lora16"
+BESIDE = ("oft32", "oft32-match", "lora16", "lora16-match")  # shown again beside methods run on fewer subjects
 FEW = 6  # subjects; below that an interval would say nothing
 
 MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
@@ -54,6 +58,19 @@ def balanced(lines: Iterable[Line], methods: Iterable[str]) -> list[Line]:
     for x in lines:
         have.setdefault((x["subject"], x["seed"]), set()).add(x["method"])
     return [x for x in lines if x["method"] in methods and methods <= have[x["subject"], x["seed"]]]
+
+
+def most(weights: Iterable[str]) -> str:
+    """The weights that most runs have; "" without any."""
+    weights = list(weights)
+    return max(sorted(set(weights)), key=weights.count) if weights else ""
+
+
+def widest(lines: list[Line]) -> tuple[list[str], list[str]]:
+    """The methods that were run on most (subject, seed) pairs, or all but the last of them; and the others."""
+    count = {m: len({(x["subject"], x["seed"]) for x in lines if x["method"] == m}) for m in METHODS}
+    enough = max(count.values()) - 1
+    return [m for m in METHODS if count[m] >= max(enough, 1)], [m for m in METHODS if 0 < count[m] < enough]
 
 
 def longest(lines: Iterable[Line]) -> list[Line]:
@@ -274,7 +291,7 @@ def grid_table(lines: list[Line]) -> str:
     grid = [x for x in lines if x["stage"] == "grid"]
     rows = []
     for m in METHODS:
-        mine = _of(grid, m)
+        mine = [] if isinstance(METHODS[m].grid, str) else _of(grid, m)
         # As for the choice: only subjects on which the whole grid was run.
         tried = {s: {x["lr"] for x in mine if x["subject"] == s} for s in {x["subject"] for x in mine}}
         mine = [x for x in mine if set(METHODS[m].grid) <= tried[x["subject"]]]
@@ -399,14 +416,14 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     if not main:
         return "### Learning rates\n\n" + grid_table(lines)
     weights = [x["weights"] for x in main]
-    digest = max(sorted(set(weights)), key=weights.count)
+    digest = most(weights)
     main, every = ([x for x in part if x["weights"] == digest] for part in (main, every))
-    methods = [m for m in METHODS if any(x["method"] == m for x in main)]
+    methods, fewer = widest(main)
     even = balanced(main, methods)
     pairs = {(x["subject"], x["seed"]) for x in even}
     seeds = sorted({s for _, s in pairs})
     names = sorted({s for s, _ in pairs})
-    alone = len(main) - len(even)
+    alone = sum(x["method"] in methods for x in main) - len(even)
     out = [
         f"{len(even)} runs: {len(methods)} methods on the same {len(pairs)} pairs of subject and seed "
         + f"({len(names)} subjects: {', '.join(names)}; seeds {', '.join(map(str, seeds))}); {alone} runs "
@@ -425,6 +442,12 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         folder / "images" / "evaluation.png",
         f"{len(names)} subjects, {len(pairs)} runs a method",
     )
+    if fewer:
+        shown = [m for m in METHODS if m in fewer or m in BESIDE and m in methods]
+        some = balanced(main, shown)
+        if some:
+            title = f"### Variants, after {STEPS[-1]} steps, on the subjects that all of these have"
+            out.append(f"{title}\n\n{step_table(some, shown, STEPS[-1])}")
     subject = contact_sheet(even, sheets, folder / "images" / "evaluation-pictures.jpg", STEPS[-1])
     if subject:
         out.append(f"The pictures above are of the {subject}, after {STEPS[-1]} steps, seed 0.")
@@ -441,19 +464,77 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         out.append("### More pictures\n\n" + more)
     out.append("### Random planes, same angles\n\n" + control_table(even))
     out.append("### Geometry and time\n\n" + geometry_table(even, methods))
-    out.append("### Learning rates\n\n" + grid_table(lines))
+    grid = [x for x in lines if x["stage"] == "grid" and x["weights"] == digest]
+    if grid:
+        out.append("### Learning rates\n\n" + grid_table(grid))
     return "\n\n".join(out)
 
 
-def write(lines: list[Line], folder: Path, sheets: Path) -> None:
-    """Put the tables between the marks of folder/evaluation.md (made if not there), the plots beside it."""
-    path = folder / "evaluation.md"
-    text = path.read_text("utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path}: the marks '{BEGIN}' and '{END}' are missing")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    folder.mkdir(parents=True, exist_ok=True)
+def guide(lines: list[Line]) -> dict[str, str]:
+    """Name of a table of docs/training.md -> the table, from the subjects that all of its rows have."""
+    lines = [x for x in longest(lines) if x["stage"] == "guide"]
+    digest = most(x["weights"] for x in lines)
+    runs: dict[tuple[str, int], list[Line]] = {}
+    for x in lines:
+        if x["weights"] == digest:
+            runs.setdefault((x["method"], x["pictures"]), []).append(x)
+    out = {}
+    for name, (head, rows) in GUIDE_TABLES.items():
+        rows = [(said, runs[variant, count]) for said, variant, count in rows if (variant, count) in runs]
+        shared = set.intersection(*({x["subject"] for x in some} for _, some in rows)) if rows else set()
+        if len(rows) < 2 or not shared:
+            continue
+        cells = [[said, *_guide_row([x for x in some if x["subject"] in shared])] for said, some in rows]
+        columns = [f"fidelity / drift at {s}" for s in GUIDE_STEPS]
+        more = [f"{what} at {GUIDE_STEPS[-1]}" for what in ("leak", "class drift", "carried over", "follows")]
+        table = _table([head, *columns, *more, "largest angle", "ms of a step"], cells)
+        count = "Mean of" if len(shared) > 1 else "From"
+        out[name] = f"{table}\n\n({count} {', '.join(sorted(shared))}; weights {digest}.)"
+    return out
+
+
+def _guide_row(lines: list[Line]) -> list[str]:
+    def mean(name: str, step: int) -> str:
+        return f"{statistics.fmean(MEASURES[name][1](row_at(x, step), x) for x in lines):.2f}"
+
+    last = GUIDE_STEPS[-1]
+    angle = max(row_at(x, last)["angle_max"] for x in lines)
+    seconds = statistics.median(x["train_cpu_seconds"] / last for x in lines)
+    return [
+        *(f"{mean('fidelity', s)} / {mean('drift', s)}" for s in GUIDE_STEPS),
+        *(mean(name, last) for name in ("leak", "class_drift", "carried", "follow")),
+        f"{angle:.1f}°" if angle < 1 else f"{angle:.0f}°",
+        f"{1000 * seconds:.0f}",
+    ]
+
+
+def _between(path: Path, text: str, begin: str, end: str, new: str) -> str:
+    """`text` with `new` between two marks. Raises ValueError naming the file where they are missing."""
+    if begin not in text or end not in text.split(begin)[1]:
+        raise ValueError(f"{path}: the marks '{begin}' and '{end}' are missing")
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end, 1)[1]}"
+
+
+def _replace(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
-    part.write_text(f"{before}{BEGIN}\n{report(lines, folder, sheets)}\n{END}{after}", "utf-8")
+    part.write_text(text, "utf-8")
     part.replace(path)
     print(f"written: {path}")
+
+
+def write(lines: list[Line], folder: Path, sheets: Path) -> None:
+    """Put the tables between the marks of folder/evaluation.md (made if not there) and folder/training.md (if
+    there are runs of the guide), the plots beside them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "evaluation.md"
+    text = path.read_text("utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
+    _replace(path, _between(path, text, BEGIN, END, report(lines, folder, sheets)))
+    path = folder / "training.md"
+    tables = guide(lines)
+    if tables and path.is_file():
+        text = path.read_text("utf-8")
+        for name, table in tables.items():
+            text = _between(path, text, GUIDE_BEGIN.format(name), GUIDE_END.format(name), table)
+        _replace(path, text)
