@@ -29,132 +29,16 @@ from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
 from ..oft_core.activations import Change, Pipeline, arriving_delta, map_vectors, terms_of
 from ..oft_core.adapter import apply_swapped_
 from . import cache
+from .layers import CONV, EMBEDDING, LINEAR, answers, gguf_type, kind_of, layer_of, patchable, stored_as
 from .track import Track
 
 log = logging.getLogger("oft")
 
 AUTO, WEIGHTS, ACTIVATIONS = "auto", "weights", "activations"
 RUNTIMES = (AUTO, WEIGHTS, ACTIVATIONS)
-LINEAR, CONV, EMBEDDING = "linear", "conv", "embedding"
 CALLBACKS = "oft_runtime"
-# Inputs with which the rows of a weight are measured at a time, and their size: above 1, so that the bias
-# does not swallow the weight's digits in half precision.
-PROBES, PROBE_SIZE = 256, 256.0
 _MISSING = object()
 _count = itertools.count(1)
-
-
-# --- how a layer is stored ----------------------------------------------------------------------------------
-
-
-def layer_of(model: nn.Module, key: str) -> tuple[Any, str]:
-    """The module that holds a parameter, and the parameter's name in it."""
-    owner, _, leaf = key.rpartition(".")
-    return (comfy.utils.get_attr(model, owner) if owner else model), leaf
-
-
-def kind_of(module: Any, leaf: str) -> str | None:
-    """The kind of layer, if its activations can stand for this parameter, else None."""
-    if leaf != "weight":
-        return None
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return None if module.transposed else CONV
-    if isinstance(module, nn.Embedding):
-        return EMBEDDING
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return LINEAR if all(isinstance(n, int) for n in sizes) and not isinstance(module, nn.Bilinear) else None
-
-
-def _gguf_type(tensor: Any) -> str | None:
-    """Name of the GGML type of a packed tensor, as GGUF loaders mark it; None for plain numbers."""
-    kind = getattr(tensor, "tensor_type", None)
-    return None if kind is None or int(kind) in (0, 1) else getattr(kind, "name", str(kind))
-
-
-def stored_as(module: Any) -> str | None:
-    """In words, how the layer's weight is quantised; None for numbers that a patch rounds once as usual."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return None
-    if (name := _gguf_type(weight)) is not None:
-        return f"GGUF {name}"
-    if getattr(weight, "tensor_type", None) is not None:
-        return None
-    if type(weight).__module__.partition(".")[0] == "bitsandbytes":
-        return f"bitsandbytes {type(weight).__name__}"
-    if _keeps_numbers_its_own_way(type(weight)):
-        layout = getattr(weight, "_layout_type", None) or getattr(weight, "_layout_cls", None)
-        return f"quantised, {layout or type(weight).__name__}"
-    if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
-        return "scaled fp8" if getattr(module, "scale_weight", None) is not None else "fp8"
-    return None if weight.is_floating_point() else f"packed as {weight.dtype}"
-
-
-def _keeps_numbers_its_own_way(kind: type) -> bool:
-    """Whether a class of tensors has its own storage, as quantised ones do, or only adds attributes."""
-    above = itertools.takewhile(lambda c: c is not torch.Tensor, kind.__mro__)
-    return any("__torch_dispatch__" in c.__dict__ for c in above)
-
-
-def _patchable(module: Any) -> bool:
-    """Whether ComfyUI can patch the layer's weight at all."""
-    weight = getattr(module, "weight", None)
-    if _gguf_type(weight) is not None or hasattr(module, "set_weight"):
-        return True
-    if weight is None:
-        return True
-    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] != "bitsandbytes"
-
-
-def logical_shape(model: nn.Module, key: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a packed weight as its layer means it."""
-    module, leaf = layer_of(model, key)
-    if kind_of(module, leaf) == LINEAR:
-        return (module.out_features, module.in_features)
-    return tuple(shape)
-
-
-def plain_weight(patcher: Any, key: str) -> torch.Tensor | None:
-    """A layer's own weight without patches, float32 copy on its own device; None where the layer hides it."""
-    stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-    module, leaf = layer_of(patcher.model, key)
-    for kept in (patcher.backup.get(key), patcher.hook_backup.get(key)):
-        if kept is not None:
-            stored = kept[0]
-    if (kind := getattr(stored, "tensor_type", None)) is not None and _gguf_type(stored) is not None:
-        import gguf  # comes with every GGUF loader
-
-        data = stored.as_subclass(torch.Tensor).detach().cpu().numpy()
-        return torch.from_numpy(gguf.dequantize(data, kind).reshape(tuple(stored.tensor_shape))).float()
-    if not _patchable(module) and kind_of(module, leaf) == LINEAR:
-        # No patch reaches such a layer, so what it answers is its own weight.
-        return _answers(lambda x: type(module).forward(module, x), module, torch.float32)
-    if stored.is_meta or not torch.is_floating_point(stored):
-        return None
-    if convert is not None:
-        return convert(stored.detach(), inplace=False).float()
-    return stored.detach().to(torch.float32, copy=True)
-
-
-@torch.no_grad()
-def _answers(
-    layer: Callable[[torch.Tensor], torch.Tensor],
-    module: Any,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-) -> torch.Tensor:
-    """The weight (out, in) float32 of a linear layer from its outputs for the unit vectors.
-
-    device: where the layer computes; that of its stored weight if None.
-    """
-    device, n = device or module.weight.device, module.in_features
-    at_zero = layer(torch.zeros(1, n, device=device, dtype=dtype)).float()
-    parts = []
-    for i in range(0, n, PROBES):
-        units = torch.zeros(min(PROBES, n - i), n, device=device, dtype=dtype)
-        units[range(len(units)), range(i, i + len(units))] = PROBE_SIZE
-        parts.append((layer(units).float() - at_zero).t() / PROBE_SIZE)
-    return torch.cat(parts, 1)
 
 
 # --- which way each layer goes ------------------------------------------------------------------------------
@@ -206,7 +90,7 @@ def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: st
             live.add(key)
             why[stored or "plain weights"] += 1
             continue
-        if leaf == "weight" and not _patchable(module):
+        if leaf == "weight" and not patchable(module):
             raise AdapterError(
                 "The weight of this layer cannot be patched",
                 module=patches[0].module,
@@ -228,10 +112,14 @@ def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: st
         rest = len(by_key) - len(live)
         others = f", the weights of {rest} others are patched" if rest else ""
         notes.append(f"{words}: activations of {len(live)} layers are turned ({kinds}){others}.")
-        notes.append(
-            "Turned activations are not part of a saved checkpoint; to bake the file in, set runtime to "
-            "'weights'."
+        # GGUF loaders give their layers empty stand-ins for saving, with patches or without.
+        packed = any(name.startswith("GGUF") for name in why)
+        way_out = (
+            "ComfyUI cannot save GGUF models at all. Bake the file into an unquantised version of the model"
+            if packed
+            else "to bake the file in, set runtime to 'weights'"
         )
+        notes.append(f"Turned activations are not part of a saved checkpoint; {way_out}.")
     if rounded:
         kinds = ", ".join(f"{n} {name}" for name, n in rounded.most_common())
         notes.append(
@@ -298,7 +186,7 @@ class Application(PatcherInjection):
         for entry in entries:
             self.layers.setdefault(entry.patch.key, []).append(entry)
         self.after = {key: len(patcher.patches.get(key, ())) for key in self.layers}
-        self.unpatchable = {key for key in self.layers if not _patchable(layer_of(patcher.model, key)[0])}
+        self.unpatchable = {key for key in self.layers if not patchable(layer_of(patcher.model, key)[0])}
         self.keeps = tuple(keeps)
 
     def in_weights(self, key: str, patches: Sequence[tuple]) -> bool:
@@ -418,7 +306,7 @@ class _Layer:
     def __init__(self, module: nn.Module, entries: Sequence[Entry], rows: int):
         self.module, self.entries, self.rows = module, tuple(entries), rows
         self.kind = kind_of(module, "weight")
-        packed_bias = _gguf_type(getattr(module, "bias", None)) is not None
+        packed_bias = gguf_type(getattr(module, "bias", None)) is not None
         self.whole_kernel = self.kind == CONV and (packed_bias or any(map(self._turns_kernel, self.entries)))
         self.made: dict[torch.device, Any] = {}
         self.strengths: tuple[float, ...] = ()
@@ -496,7 +384,7 @@ class _Layer:
         def changed(x: torch.Tensor) -> torch.Tensor:
             return before(x, layer, lambda y: self._bias(y, layer, dtype), -1)
 
-        weight = _answers(changed, self.module, dtype, device)[rows]
+        weight = answers(changed, self.module, dtype, device)[rows]
         if e.patch.swap_halves:
             weight = torch.cat(weight.chunk(2)[::-1])
         delta, gain = arriving_delta(e.patch.op, e.at)
@@ -509,7 +397,7 @@ class _Layer:
         bias = getattr(self.module, "bias", None)
         if bias is None:
             return None
-        if _gguf_type(bias) is not None or not bias.is_floating_point():
+        if gguf_type(bias) is not None or not bias.is_floating_point():
             return layer(torch.zeros(1, self.module.in_features, device=y.device, dtype=dtype))[0]
         bias = bias.detach().as_subclass(torch.Tensor).to(y.device, y.dtype)
         # Dynamic VRAM keeps a patch of the bias beside the functions.

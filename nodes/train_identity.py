@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from torch import nn
 
-from . import runtime
+from . import layers, runtime
 from .train_store import Store
 
 # Folder lists that loaders of diffusion models choose from; the last one is of the community's GGUF loader.
@@ -47,11 +46,9 @@ def _tensors(value: Any) -> Iterator[bytes]:
 def identity(patcher: Any) -> str:
     """A short hash of a model with its patches: of names, shapes and some hundred values of every weight."""
     seen = hashlib.sha256()
-    for key, value in sorted(patcher.model.state_dict().items()):
+    for key, value in sorted(layers.tensors_of(patcher.model, patcher.model.state_dict())):
         saved = patcher.backup.get(key)
         value = value if saved is None else getattr(saved, "weight", value)
-        if value.is_meta:  # GGUF layers show a stand-in there
-            value = comfy.utils.get_attr(patcher.model, key)
         seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         if not value.is_meta:
             seen.update(_numbers(value))

@@ -167,7 +167,7 @@ def report(client: Client, family: str, name: str, parts=parts_of, **more: objec
 
 
 def far(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.abs(a - b).max())
+    return int(np.abs(a.astype(int) - b).max())
 
 
 # --- the same pictures --------------------------------------------------------------------------------------
@@ -219,6 +219,63 @@ def test_text_encoders(client: Client, oft_dir: Path, files: dict[str, str]) -> 
         for how in ("activations", "weights")
     ]
     assert far(*seen) <= 2 and far(seen[0], picture(client, "sd15")) > 2
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+def scheduled(name: str):
+    """The adapter rising to its strength, its activations turned."""
+
+    def add(g: Graph, parts: Parts) -> Parts:
+        adapter = g.OFT_Schedule(
+            adapter=g.OFT_LoadAdapter(oft_name=name)[0], start_percent=0.0, end_percent=1.0, curve="linear"
+        )
+        given = {"strength_model": 1.0, "strength_clip": 1.0, "runtime": "activations"}
+        node = g.OFT_Apply(adapter=adapter[0], model=parts.model, clip=parts.clip, **given)
+        return Parts(node[0], node[1], parts.vae)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("sd15", "middle_block.1.transformer_blocks.0.attn1.to_q$"),
+        ("sd3", "joint_blocks.1.x_block.attn.qkv$"),
+    ],
+)
+def test_nothing_is_left_of_a_failure_in_mid_sampling(
+    client: Client, files: dict[str, str], family: str, layer: str
+) -> None:
+    """Raised in the third of four steps, between turned layers: whatever is drawn next is what it always was."""
+
+    def drawn(adapter=None) -> np.ndarray:
+        g = Graph()
+        preview = text_to_image(g, parts_of(g, family), family, adapter=adapter, steps=4)
+        result = client.run(g)
+        assert preview.id not in result.cached, "nothing was sampled"
+        return result.image(preview)
+
+    def failing(g: Graph, parts: Parts) -> Parts:
+        return Parts(g.Tiny_Failure(model=parts.model, step=2, layer=layer)[0], parts.clip, parts.vae)
+
+    name, other = files[family], files[f"{family}2"]
+    kinds = {
+        "base": None,
+        "activations": oft(name, 0.8, "activations"),
+        "other activations": oft(other, -0.6, "activations"),
+        "weights": oft(name, 0.8, "weights"),
+        "scheduled": scheduled(name),
+    }
+    before = {kind: drawn(adapter) for kind, adapter in kinds.items()}
+    assert far(before["scheduled"], before["activations"]) > 2 < far(before["base"], before["scheduled"])
+    for fails in ("activations", "scheduled"):
+        for kind, adapter in kinds.items():
+            with pytest.raises(PromptFailed) as failed:
+                drawn(chain(kinds[fails], failing))
+            assert re.search("on purpose: step 2, behind .*" + layer, failed.value.text), failed.value.text
+            assert (drawn(adapter) == before[kind]).all(), f"{kind} after {fails} failed"
 
 
 # --- quantised models ---------------------------------------------------------------------------------------
@@ -288,6 +345,7 @@ def test_gguf_models(client: Client, host: ComfyServer, oft_dir: Path, family: s
     assert far(auto, merged) <= 2 and far(auto, plain) > 3
     said = report(client, family, name, packed)
     assert re.search(r"activations of \d+ layers are turned \(\d+ GGUF Q\d", said), said
+    assert "cannot save GGUF" in said and "set runtime" not in said, said
     assert "unpacked and patched in every step" in report(client, family, name, packed, runtime="weights")
 
 

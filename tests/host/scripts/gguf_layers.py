@@ -2,7 +2,8 @@
 
 What the real one shows, and what a trainer has to cope with: every Linear's parameters are tensors of a class of their own, whose
 `clone` and `detach` answer with the tensor itself, and whose `shape` is the unpacked one; also those that are not quantised. The state
-dict holds stand-ins on the meta device for quantised layers. Weights are unpacked in every forward; patches lie on the tensors.
+dict holds stand-ins on the meta device for quantised layers, and for the largest one a name more, which only stands for the room that
+unpacking takes. Weights are unpacked in every forward; patches lie on the tensors.
 Quantising and unpacking is the `gguf` package's own; only its missing Q4_K packer is written here.
 """
 
@@ -97,6 +98,7 @@ class Operations(comfy.ops.manual_cast):
 
     class Linear(comfy.ops.manual_cast.Linear):
         comfy_cast_weights = True
+        largest = False
 
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
             torch.nn.Module.__init__(self)
@@ -115,6 +117,9 @@ class Operations(comfy.ops.manual_cast):
                 value = getattr(self, name)
                 if value is not None:
                     destination[prefix + name] = torch.zeros_like(value, device="meta")
+            if self.largest:
+                shape = tuple(self.weight.shape)
+                destination[f"{prefix}temp.weight"] = torch.empty(shape, device="meta", dtype=torch.float16)
             return None
 
         def _value(self, tensor, dtype):
@@ -184,4 +189,5 @@ def make_model(families, family: str, seed: int = 0):
             types[name], value = kind, packed(value, kind)
         state[name] = value
     model.diffusion_model.load_state_dict(state)
+    max((m for m in model.modules() if is_packed(getattr(m, "weight", None))), key=lambda m: m.weight.numel()).largest = True
     return Patcher(model.eval(), torch.device("cpu"), torch.device("cpu")), types

@@ -22,6 +22,7 @@ if "comfyui_oft" in sys.modules:
     import comfy.model_patcher
     import comfy.ops
     import comfy.patcher_extension
+    import comfy.quant_ops
     import comfy.sample
     import comfy.sd
     import comfy.supported_models
@@ -29,7 +30,7 @@ if "comfyui_oft" in sys.modules:
     import folder_paths
     import gguf_layers
     import torch
-    from comfyui_oft.nodes import host, runtime
+    from comfyui_oft.nodes import host, layers, runtime
     from comfyui_oft.oft_core import AdapterError, ReadOptions, Strength, read_tensors
 
     CPU = torch.device("cpu")
@@ -688,6 +689,32 @@ class Net(torch.nn.Module if "comfyui_oft" in sys.modules else object):
         self.linear = linear
 
 
+def later_formats():
+    """Core's formats of quantised layers that this host knows, beside fp8; each also with quantised inputs."""
+    known = [f for f in getattr(comfy.quant_ops, "QUANT_ALGOS", {}) if not f.startswith("float8")]
+    return [f"{of} {how}" for of in known for how in ("emulated", "native")]
+
+
+def later_layer(kind, true, bias, dtype):
+    """A layer in one of `later_formats`, from its state dict: (layer, weight that it stands for)."""
+    of, how = kind.split()
+    rows, columns = true.shape
+    layout = comfy.quant_ops.QUANT_ALGOS[of]["comfy_tensor_layout"]
+
+    def empty():
+        ops = comfy.ops.mixed_precision_ops({}, dtype, disabled={of} if how == "emulated" else set())
+        return ops.Linear(columns, rows, device="cpu", dtype=dtype)
+
+    made = empty()
+    stored = comfy.quant_ops.QuantizedTensor.from_float(true.to(dtype), layout)
+    made.weight = torch.nn.Parameter(stored, requires_grad=False)
+    made.quant_format, made.layout_type = of, layout
+    made.bias.data.copy_(bias)
+    layer = empty()
+    layer.load_state_dict(made.state_dict())
+    return layer, layer.weight.dequantize().float()
+
+
 def quantised(kind, rows=96, columns=256, dtype=None):
     """A model of one quantised layer: (patcher, weight that it stands for, original weight, bias)."""
     dtype = dtype or torch.float32
@@ -699,6 +726,8 @@ def quantised(kind, rows=96, columns=256, dtype=None):
         layer.weight = torch.nn.Parameter(stored, requires_grad=False)
         layer.bias = torch.nn.Parameter(gguf_layers.packed(bias, gguf_layers.Type.F32), requires_grad=False)
         means, patcher_class = gguf_layers.unpacked(stored, torch.float32), gguf_layers.Patcher
+    elif kind in LATER:
+        layer, means = later_layer(kind, true, bias, dtype)
     elif kind == "bitsandbytes":
         import bitsandbytes as bnb
 
@@ -786,6 +815,7 @@ def answer(patcher, x):
 
 
 QUANTISED = ("fp8", "scaled fp8", "mixed precision", "GGUF Q8_0", "GGUF Q4_K", "bitsandbytes")
+LATER = tuple(later_formats()) if "comfyui_oft" in sys.modules else ()
 
 
 @check
@@ -829,8 +859,41 @@ def quantised_layers_lose_nothing():
 
 
 @check
+def later_quantised_layers_lose_nothing():
+    """Core's formats beyond fp8, where the host has them; native ones also round what goes into the layer."""
+    said = [f"formats: {', '.join(LATER) or 'none on this host'}"]
+    for kind in LATER:
+        for dtype in (torch.float32, torch.bfloat16):
+            patcher, means, _, bias = quantised(kind, dtype=dtype)
+            x, bias = numbers(3, 40, 256, seed=13).to(dtype), bias.to(dtype).double()
+
+            def beside_bias(patcher, x=x, bias=bias):
+                return answer(patcher, x).double() - bias
+
+            try:
+                base = beside_bias(patcher)
+            except (ValueError, RuntimeError) as error:  # no kernel for this processor
+                said.append(f"{kind}, {dtype}: the layer alone does not run here: {error}")
+                continue
+            own = apart(base, x.double() @ means.double().t())
+            for which in NET_FILES:
+                clone, notes = on_net(patcher, net_tensors(which), "auto")
+                assert turned(clone) == 1 and "quantised, " in notes[0], notes
+                error = apart(beside_bias(clone), x.double() @ truth(which, means).t())
+                unit = 4e-7 if dtype == torch.float32 else 2.0**-8
+                # Turned inputs have other largest values, by which native layers scale them.
+                assert error <= 1.1 * own + unit, (kind, dtype, which, error, own)
+                patched, notes = on_net(patcher, net_tensors(which), "weights")
+                again = apart(beside_bias(patched), x.double() @ truth(which, means).t())
+                said.append(f"{kind}, {dtype}, {which}: {error:.1e}, weights {again:.1e}, alone {own:.1e}")
+            assert torch.equal(beside_bias(patcher), base), "the base is as before"
+        on_net(quantised(kind, 72)[0], net_tensors("in"), "auto", shape=(72, 256))  # its blocks are padded
+    return "\n".join(said)
+
+
+@check
 def stored_bytes_stay():
-    for kind in QUANTISED:
+    for kind in (*QUANTISED, *(kind for kind in LATER if kind.endswith("emulated"))):
         patcher, *_ = quantised(kind)
         weight = patcher.model.linear.weight
         clone, _ = on_net(patcher, net_tensors("in"), "auto")
@@ -938,10 +1001,10 @@ def unquantised_models_keep_weight_patches():
         """A parameter that only carries something more."""
 
     layer = torch.nn.Linear(4, 4)
-    assert runtime.stored_as(layer) is None
+    assert layers.stored_as(layer) is None
     layer.weight = Marked(layer.weight.detach())
-    assert type(layer.weight) is Marked and runtime.stored_as(layer) is None
-    assert runtime.stored_as(quantised("mixed precision")[0].model.linear) is not None
+    assert type(layer.weight) is Marked and layers.stored_as(layer) is None
+    assert layers.stored_as(quantised("mixed precision")[0].model.linear) is not None
 
 
 # --- saving -------------------------------------------------------------------------------------------------
