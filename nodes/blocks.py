@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..oft_core import Adapter, BlockError, BlockWeights
 from ..oft_core.block_weights import KINDS, PLACES, PRESETS
-from . import compat, load
+from . import compat, inputs
 
 NO_PRESET = "none"
 TIPS = {
@@ -37,21 +37,21 @@ class OFTBlocks(io.ComfyNode):
         return compat.schema(
             node_id="OFT_Blocks",
             display_name="OFT Block Strengths",
-            category=load.CATEGORY,
+            category=inputs.CATEGORY,
             description=(
                 "Gives parts of the model their own strength: blocks by name and number, text encoder "
                 "layers, attention, feed-forward and convolution layers."
             ),
-            search_aliases=[*load.ALIASES, "block weight", "lbw"],
+            search_aliases=[*inputs.ALIASES, "block weight", "lbw"],
             inputs=[
-                load.OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
+                inputs.OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
                 io.Combo.Input(
                     "preset", options=[NO_PRESET, *PRESETS], default=NO_PRESET, tooltip=TIPS["preset"]
                 ),
                 io.String.Input("blocks", default="", multiline=True, tooltip=TIPS["blocks"]),
             ],
             outputs=[
-                load.OFTAdapter.Output(display_name="adapter", tooltip=TIPS["out_adapter"]),
+                inputs.OFTAdapter.Output(display_name="adapter", tooltip=TIPS["out_adapter"]),
                 io.String.Output(display_name="blocks", tooltip=TIPS["out_blocks"]),
             ],
         )

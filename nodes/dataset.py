@@ -319,9 +319,7 @@ class OFTDatasetNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def entry(kind: Any, name: str, **more: Any) -> io.Input:
-            return compat.entry(kind, name, tooltip=TIPS[name], **more)
-
+        entry = compat.explained(TIPS)
         return compat.schema(
             node_id="OFT_Dataset",
             display_name="OFT Dataset",

@@ -18,7 +18,7 @@ from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
 from . import compat, folders, host
 from .files import listed, new_file
-from .load import CATEGORY, OFTAdapter
+from .inputs import CATEGORY, OFTAdapter
 
 AS_IS = "as it is"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

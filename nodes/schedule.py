@@ -1,5 +1,4 @@
-"""Schedules: nodes that let an adapter's strength change while a picture is made, alone or as ComfyUI's hook.
-"""
+"""Schedules: nodes that let an adapter's strength change while a picture is made, alone or as ComfyUI's hook."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..oft_core import Adapter, Schedule, ScheduleError, Strength, component
 from ..oft_core.schedule import from_keyframes
-from . import compat, host, load
+from . import compat, host, inputs
 
 TIPS = {
     "adapter": "The adapter, from Load OFT Adapter, OFT Block Strengths, Train OFT and others.",
@@ -29,11 +28,6 @@ TIPS = {
     "out_adapter": "The adapter with this schedule, for Apply OFT, OFT Stack or Create Hook OFT.",
     "out_kf": "The same schedule as ComfyUI's keyframes, for other hooks.",
     "out_report": "The schedule in words, with its factor at some moments.",
-    "strength_model": load.TIPS["strength_model"],
-    "strength_clip": load.TIPS["strength_clip"],
-    "mode": load.TIPS["mode"],
-    "coft": load.TIPS["coft"],
-    "coft_degrees": load.TIPS["coft_degrees"],
     "prev_hooks": "Hooks to add this one to.",
     "out_hooks": "A hook for ComfyUI's hook nodes: it acts on the conditionings that it is attached to.",
 }
@@ -64,21 +58,21 @@ class OFTSchedule(io.ComfyNode):
         return compat.schema(
             node_id="OFT_Schedule",
             display_name="OFT Schedule",
-            category=load.CATEGORY,
+            category=inputs.CATEGORY,
             description=(
                 "Lets the strength of an adapter on the diffusion model change while a picture is made: from "
                 "a start to an end, along a curve, or by ComfyUI's keyframes."
             ),
-            search_aliases=[*load.ALIASES, "schedule", "keyframe", "start", "end"],
+            search_aliases=[*inputs.ALIASES, "schedule", "keyframe", "start", "end"],
             inputs=[
-                load.OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
+                inputs.OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
                 io.Float.Input("start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent),
                 io.Float.Input("end_percent", default=1.0, tooltip=TIPS["end_percent"], **percent),
                 io.String.Input("curve", default="constant", tooltip=TIPS["curve"]),
                 io.HookKeyframes.Input("hook_kf", optional=True, tooltip=TIPS["hook_kf"]),
             ],
             outputs=[
-                load.OFTAdapter.Output(display_name="adapter", tooltip=TIPS["out_adapter"]),
+                inputs.OFTAdapter.Output(display_name="adapter", tooltip=TIPS["out_adapter"]),
                 io.HookKeyframes.Output(display_name="HOOK_KF", tooltip=TIPS["out_kf"]),
                 io.String.Output(display_name="report", tooltip=TIPS["out_report"]),
             ],
@@ -157,33 +151,20 @@ class OFTCreateHook(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
         return compat.schema(
             node_id="OFT_Hook",
             display_name="Create Hook OFT",
-            category=load.CATEGORY,
+            category=inputs.CATEGORY,
             description=(
                 "Makes a hook of an adapter, for ComfyUI's hook nodes: it acts only on the conditionings "
                 "that it is attached to, and follows their keyframes or the adapter's own schedule."
             ),
-            search_aliases=[*load.ALIASES, "hook", "keyframe"],
+            search_aliases=[*inputs.ALIASES, "hook", "keyframe"],
             inputs=[
-                load.OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
-                io.Float.Input("strength_model", tooltip=TIPS["strength_model"], **strength),
-                io.Float.Input("strength_clip", tooltip=TIPS["strength_clip"], **strength),
-                io.Combo.Input("mode", options=list(load.MODES), default="rotation", tooltip=TIPS["mode"]),
-                io.Combo.Input(
-                    "coft", options=[*load.COFT_CHOICES, load.LIMIT], default="file", tooltip=TIPS["coft"]
-                ),
-                io.Float.Input(
-                    "coft_degrees",
-                    default=15.0,
-                    min=0.1,
-                    max=180.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip=TIPS["coft_degrees"],
-                ),
+                inputs.OFTAdapter.Input("adapter", tooltip=TIPS["adapter"]),
+                inputs.strength("strength_model"),
+                inputs.strength("strength_clip"),
+                *inputs.how(),
                 io.Hooks.Input("prev_hooks", optional=True, tooltip=TIPS["prev_hooks"]),
             ],
             outputs=[io.Hooks.Output(display_name="HOOKS", tooltip=TIPS["out_hooks"])],
@@ -191,18 +172,11 @@ class OFTCreateHook(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        adapter: Adapter,
-        strength_model,
-        strength_clip,
-        mode,
-        coft,
-        coft_degrees=15.0,
-        prev_hooks=None,
+        cls, adapter: Adapter, strength_model, strength_clip, prev_hooks=None, **how
     ) -> io.NodeOutput:
+        at = inputs.How(**how).at(1.0)
         hook = OFTHook(float(strength_model), float(strength_clip))
-        hook.adapter, hook.mode = adapter, mode
-        hook.coft = Strength(1.0, mode, coft_degrees if coft == load.LIMIT else coft).coft
+        hook.adapter, hook.mode, hook.coft = adapter, at.mode, at.coft
         group = comfy.hooks.HookGroup()
         group.add(hook)
         if adapter.schedule is not None:

@@ -11,15 +11,14 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
-from ..oft_core.constraint import COFT_CHOICES
 from ..oft_core.stack import Share, blend, holds_oft
-from . import compat, folders, host, load, runtime
+from . import compat, folders, host, inputs, runtime
 
-CATEGORY = load.CATEGORY
 OFTStackType = io.Custom("OFT_STACK")
 LoraStackType = io.Custom("LORA_STACK")
-ROWS = 4
+NUMBERS = (1, 2, 3, 4)
 NONE = "none"
+AS_NODE = "as the node"
 COMPOSE, BLEND = "compose", "blend"
 
 TIPS = {
@@ -33,9 +32,7 @@ TIPS = {
     "oft_name": "The OFT file of this row; none: the row is empty.",
     "strength_model": "This row's strength on the diffusion model.",
     "strength_clip": "This row's strength on the text encoders.",
-    "mode": load.TIPS["mode"],
-    "coft": load.TIPS["coft"],
-    "coft_degrees": load.TIPS["coft_degrees"],
+    "row_mode": "This row's mode; 'as the node': that of the node's own mode.",
     "apply_stack": "The adapters to apply, from OFT Stack.",
     "how": (
         "compose: the rotations are multiplied in the order of the stack, as Load OFT nodes in a row. blend: "
@@ -62,11 +59,46 @@ class Row:
     at_clip: Strength
     adapter: Adapter | None
 
-    def line(self) -> str:
+    @property
+    def how(self) -> str:
+        """Mode and limit in words."""
         at = self.at_model
-        coft = f"{at.coft:g} degrees" if isinstance(at.coft, float) else at.coft
+        return f"{at.mode}, COFT " + (f"{at.coft:g} degrees" if isinstance(at.coft, float) else at.coft)
+
+    def line(self) -> str:
         state = "" if self.on else " (off)"
-        return f"{self.name}{state}: model {at.value:g}, clip {self.at_clip.value:g}, {at.mode}, COFT {coft}"
+        return f"{self.name}{state}: model {self.at_model.value:g}, clip {self.at_clip.value:g}, {self.how}"
+
+    def entry(self) -> tuple[str, float, float]:
+        """The row in a LORA_STACK."""
+        return self.name, self.at_model.value, self.at_clip.value
+
+    def unsaid(self) -> list[str]:
+        """What of the row has no place in a LORA_STACK, in words."""
+        plain = replace(self.at_model, value=1.0) == inputs.How().at(1.0)
+        found = [] if plain else [self.how]
+        if self.adapter is not None and self.adapter.blocks is not None:
+            found.append("strengths by block")
+        if self.adapter is not None and self.adapter.schedule is not None:
+            found.append("a schedule")
+        return found
+
+
+def _described(rows: Sequence[Row], others: Sequence[tuple]) -> str:
+    """The stack in words, and what of it the outputs for other packs do not say."""
+    lines = [f"{i}. {row.line()}" for i, row in enumerate(rows, 1)] or ["The stack is empty."]
+    on = [row for row in rows if row.on]
+    unwritten = [row.name for row in on if not folders.find(row.name)]
+    if unwritten:
+        lines.append(f"Not in lora_stack, because it is no file of a listed folder: {', '.join(unwritten)}")
+    bare = [
+        f"{row.name} ({', '.join(row.unsaid())})" for row in on if row.name not in unwritten and row.unsaid()
+    ]
+    if bare:
+        lines.append(f"lora_stack has no place for these, which are left out of it: {', '.join(bare)}")
+    if others:
+        lines.append(f"Not OFT, handed on at other_loras: {', '.join(e[0] for e in others)}")
+    return "\n".join(lines)
 
 
 def listed_name(adapter: Adapter) -> str | None:
@@ -102,18 +134,27 @@ def _from_lora_stack(
     return rows, others
 
 
-def _numbered(name: str, i: int, factory: Any, **more: Any) -> Any:
-    return factory(f"{name}_{i}", tooltip=TIPS[name], optional=True, **more)
-
-
 def _row_inputs(i: int) -> list[io.Input]:
-    strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
+    more = {"optional": True}
     return [
-        _numbered("on", i, io.Boolean.Input, default=True),
-        _numbered("oft_name", i, io.Combo.Input, options=[NONE, *folders.names()], default=NONE),
-        _numbered("strength_model", i, io.Float.Input, **strength),
-        _numbered("strength_clip", i, io.Float.Input, **strength),
+        io.Boolean.Input(f"on_{i}", default=True, tooltip=TIPS["on"], **more),
+        io.Combo.Input(
+            f"oft_name_{i}", options=[NONE, *folders.names()], default=NONE, tooltip=TIPS["oft_name"], **more
+        ),
+        inputs.strength(f"strength_model_{i}", TIPS["strength_model"], **more),
+        inputs.strength(f"strength_clip_{i}", TIPS["strength_clip"], **more),
     ]
+
+
+def _adapter(i: int) -> io.Input:
+    return inputs.OFTAdapter.Input(f"adapter_{i}", tooltip=TIPS["adapter"], optional=True)
+
+
+def _mode(i: int) -> io.Input:
+    options = [AS_NODE, *MODES]
+    return io.Combo.Input(
+        f"mode_{i}", options=options, default=AS_NODE, tooltip=TIPS["row_mode"], optional=True
+    )
 
 
 class OFTStack(io.ComfyNode):
@@ -124,30 +165,20 @@ class OFTStack(io.ComfyNode):
         return compat.schema(
             node_id="OFT_Stack",
             display_name="OFT Stack",
-            category=CATEGORY,
+            category=inputs.CATEGORY,
             description=(
                 "Collects OFT files and adapters with a switch and strengths for each, in order. Several of "
                 "these nodes in a row make a longer stack."
             ),
-            search_aliases=[*load.ALIASES, "lora stack", "multi"],
+            search_aliases=[*inputs.ALIASES, "lora stack", "multi"],
             inputs=[
                 OFTStackType.Input("stack", optional=True, tooltip=TIPS["stack"]),
                 LoraStackType.Input("lora_stack", optional=True, tooltip=TIPS["lora_stack"]),
-                *(_numbered("adapter", i, load.OFTAdapter.Input) for i in range(1, ROWS + 1)),
-                io.Combo.Input("mode", options=list(MODES), default="rotation", tooltip=TIPS["mode"]),
-                io.Combo.Input(
-                    "coft", options=[*COFT_CHOICES, load.LIMIT], default="file", tooltip=TIPS["coft"]
-                ),
-                io.Float.Input(
-                    "coft_degrees",
-                    default=15.0,
-                    min=0.1,
-                    max=180.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip=TIPS["coft_degrees"],
-                ),
-                *(entry for i in range(1, ROWS + 1) for entry in _row_inputs(i)),
+                *map(_adapter, NUMBERS),
+                *inputs.how(),
+                *(entry for i in NUMBERS for entry in _row_inputs(i)),
+                # After the rows: graphs that were saved without them list their values in this order.
+                *map(_mode, NUMBERS),
             ],
             outputs=[
                 OFTStackType.Output(display_name="stack", tooltip=TIPS["out_stack"]),
@@ -158,36 +189,38 @@ class OFTStack(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
-        names = [inputs.get(f"oft_name_{i}") for i in range(1, ROWS + 1)]
-        names += [e[0] for e in inputs.get("lora_stack") or ()]
+    def fingerprint_inputs(cls, lora_stack=None, **given: Any) -> str:
+        names = [given.get(f"oft_name_{i}") for i in NUMBERS]
+        names += [e[0] for e in lora_stack or ()]
         return "\n".join(folders.fingerprint(name) for name in names if name and name != NONE)
 
     @classmethod
     def execute(
-        cls, mode="rotation", coft="file", coft_degrees=15.0, stack=None, lora_stack=None, **inputs: Any
+        cls,
+        stack=None,
+        lora_stack=None,
+        mode=inputs.How.mode,
+        coft=inputs.How.coft,
+        coft_degrees=inputs.How.coft_degrees,
+        **given: Any,
     ) -> io.NodeOutput:
-        at = Strength(1.0, mode, coft_degrees if coft == load.LIMIT else coft)
+        at = inputs.How(mode, coft, coft_degrees).at(1.0)
         from_loras, others = _from_lora_stack(lora_stack or (), at)
         rows = [*(stack or ()), *from_loras]
-        for i in range(1, ROWS + 1):
-            adapter, name = inputs.get(f"adapter_{i}"), inputs.get(f"oft_name_{i}", NONE)
-            on = inputs.get(f"on_{i}", True)
+        for i in NUMBERS:
+            adapter, name = given.get(f"adapter_{i}"), given.get(f"oft_name_{i}", NONE)
+            on, own = given.get(f"on_{i}", True), given.get(f"mode_{i}", AS_NODE)
+            at_row = at if own == AS_NODE else replace(at, mode=own)
             at_model, at_clip = (
-                replace(at, value=float(inputs.get(f"strength_{part}_{i}", 1.0)))
+                replace(at_row, value=float(given.get(f"strength_{part}_{i}", 1.0)))
                 for part in ("model", "clip")
             )
             if adapter is not None:
                 rows.append(Row(listed_name(adapter) or adapter.name, on, at_model, at_clip, adapter))
             elif name and name != NONE:
                 rows.append(_row(name, on, at_model, at_clip))
-        written = [(r.name, r.at_model.value, r.at_clip.value) for r in rows if r.on and folders.find(r.name)]
-        text = "\n".join(f"{i}. {r.line()}" for i, r in enumerate(rows, 1)) or "The stack is empty."
-        unwritten = [r.name for r in rows if r.on and not folders.find(r.name)]
-        if unwritten:
-            text += f"\nNot in lora_stack, because it is no file of a listed folder: {', '.join(unwritten)}"
-        if others:
-            text += f"\nNot OFT, handed on at other_loras: {', '.join(e[0] for e in others)}"
+        written = [row.entry() for row in rows if row.on and folders.find(row.name)]
+        text = _described(rows, others)
         return io.NodeOutput(tuple(rows), [*others, *written], others, text, ui=ui.PreviewText(text))
 
 
@@ -199,25 +232,19 @@ class OFTApplyStack(io.ComfyNode):
         return compat.schema(
             node_id="OFT_ApplyStack",
             display_name="Apply OFT Stack",
-            category=CATEGORY,
+            category=inputs.CATEGORY,
             description=(
                 "Applies a stack of OFT adapters: one after the other, or averaged into one rotation."
             ),
-            search_aliases=[*load.ALIASES, "lora stack", "merge"],
+            search_aliases=[*inputs.ALIASES, "lora stack", "merge"],
             inputs=[
                 OFTStackType.Input("stack", tooltip=TIPS["apply_stack"]),
-                io.Model.Input("model", optional=True, tooltip=load.TIPS["model"]),
-                io.Clip.Input("clip", optional=True, tooltip=load.TIPS["clip"]),
+                inputs.model(optional=True),
+                inputs.clip(),
                 io.Combo.Input("how", options=[COMPOSE, BLEND], default=COMPOSE, tooltip=TIPS["how"]),
-                io.Combo.Input(
-                    "runtime",
-                    options=list(runtime.RUNTIMES),
-                    default=runtime.AUTO,
-                    optional=True,
-                    tooltip=load.TIPS["runtime"],
-                ),
+                inputs.where(),
             ],
-            outputs=[load.MODEL_OUT, load.CLIP_OUT, load.REPORT_OUT],
+            outputs=[inputs.MODEL_OUT, inputs.CLIP_OUT, inputs.REPORT_OUT],
         )
 
     @classmethod

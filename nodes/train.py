@@ -11,7 +11,7 @@ from ..oft_core.training import OPTIMIZERS, SCHEDULES, ConfigError, OFTConfig, T
 from ..oft_core.training.presets import TRAIN_PRESETS
 from . import compat, train_host, train_mode
 from .dataset import CATEGORY, OFTDataset
-from .load import OFTAdapter
+from .inputs import OFTAdapter
 from .train_plan import make_config, make_plan
 from .train_run import Run, loss_curve
 

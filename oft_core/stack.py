@@ -24,6 +24,8 @@ from .rotation import pack_skew
 
 #: Largest common block: exponentials of larger ones take minutes over a whole model.
 LARGEST_BLOCK = 512
+#: Modes in which an adapter at a strength is still a rotation, so that it has a logarithm. They may differ between adapters.
+BLENDED_MODES = ("rotation", "geodesic")
 #: A finished matrix further from orthogonal than this (max |M^T M - I|) is not taken for a rotation.
 NOT_A_ROTATION = 1e-3
 _USE_COMPOSE = "Use 'compose', which applies the adapters one after the other."
@@ -169,10 +171,11 @@ def _row_scale(shares: Sequence[Share], count: int) -> Tensor | None:
 def _check(share: Share) -> None:
     """Raises StackError if the rotation has no logarithm block by block, or factors that cannot be averaged."""
     op, mode = share.patch.op, share.strength.mode
+    if mode not in BLENDED_MODES:
+        hint = f"Give it mode {' or '.join(BLENDED_MODES)}. {_USE_COMPOSE}"
+        raise _refused([share], f"mode '{mode}' is no rotation between the base and the file", hint)
     reason = None
-    if mode not in ("rotation", "geodesic"):
-        reason = f"mode '{mode}' is no rotation between the base and the file"
-    elif op.butterfly:
+    if op.butterfly:
         reason = "a BOFT layer turns all channels together, not block by block"
     elif op.size is not None and op.size % op.block:
         reason = "its last block is cut"
@@ -196,8 +199,8 @@ def _sizes(ops: Sequence[LayerRotation]) -> str:
     return " and ".join(map(str, sorted({op.block for op in ops})))
 
 
-def _refused(shares: Sequence[Share], reason: str) -> StackError:
+def _refused(shares: Sequence[Share], reason: str, hint: str = _USE_COMPOSE) -> StackError:
     return StackError(
         f"These adapters cannot be blended: {reason}", file=", ".join(dict.fromkeys(s.adapter for s in shares)),
-        module=shares[0].patch.module, hint=_USE_COMPOSE,
+        module=shares[0].patch.module, hint=hint,
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from oft_core import AdapterError, Diff, LayerRotation, Patch, Strength, read_tensors
+from oft_core import AdapterError, Diff, LayerRotation, Patch, StackError, Strength, read_tensors
 from oft_core.rotation import unpack_skew
 from oft_core.stack import Share, blend, holds_oft
 
@@ -95,6 +95,23 @@ def test_order_does_not_matter() -> None:
         torch.testing.assert_close(one, results[0], atol=2e-6, rtol=0)
     composed = [dense(list(order), weight=weight) for order in (shares, shares[::-1])]
     assert (composed[0] - composed[1]).abs().max() > 0.1, "composing them does depend on it"
+
+
+def test_adapters_of_different_modes() -> None:
+    """Each enters with the logarithm of what it is at its own strength in its own mode."""
+    shares = [share(layer(8, 1, lam=0.9), 0.4, "rotation"), share(layer(6, 2, lam=0.9), 1.6, "geodesic")]
+    expected = torch.matrix_exp(sum(logm(dense([s])) for s in shares) / 2)
+    for order in (shares, shares[::-1]):
+        torch.testing.assert_close(dense(blend(order, 2, SHAPES)).double(), expected, atol=2e-6, rtol=0)
+    for mode in ("rotation", "geodesic"):
+        alike = [replace(s, strength=replace(s.strength, mode=mode)) for s in shares]
+        assert (dense(blend(alike, 2, SHAPES)).double() - expected).abs().max() > 0.01, "the modes must show"
+    straight = replace(shares[1], strength=replace(shares[1].strength, mode="linear"), adapter="straight.safetensors")
+    with pytest.raises(StackError, match="linear") as refused:
+        blend([shares[0], straight], 2, SHAPES)
+    for words in ("straight.safetensors", "rotation or geodesic", "compose"):
+        assert words in str(refused.value)
+    assert "a.safetensors" not in str(refused.value), "only the one that cannot be is named"
 
 
 def test_twice_the_same_is_the_same_and_nothing_counts_as_no_turn() -> None:

@@ -66,11 +66,12 @@ def load(g: Graph, parts: Parts, name: str, s: float = 1.0, s_clip: float | None
 
 
 def stack_node(g: Graph, rows: list[tuple], **more) -> Node:
-    """rows: (file name, on, model strength, clip strength)."""
+    """rows: (file name, on, model strength, clip strength), and a mode where the row has its own."""
     inputs = {"mode": "rotation", "coft": "file", **more}
-    for i, (name, on, s_model, s_clip) in enumerate(rows, 1):
+    for i, (name, on, s_model, s_clip, *mode) in enumerate(rows, 1):
         inputs |= {f"oft_name_{i}": name, f"on_{i}": on}
         inputs |= {f"strength_model_{i}": s_model, f"strength_clip_{i}": s_clip}
+        inputs |= {f"mode_{i}": own for own in mode}
     return g.OFT_Stack(**inputs)
 
 
@@ -186,6 +187,92 @@ def test_activations_give_the_same_picture(client: Client, files: dict[str, str]
     assert np.abs(got - expected).max() <= 1 and np.abs(got - picture(client)).max() > 3
 
 
+# --- a mode for each row ------------------------------------------------------------------------------------
+
+MODES = ("geodesic", "linear", "core")
+STRENGTHS = (1.6, 0.4, 0.5)
+
+
+def test_each_row_has_its_own_mode(client: Client, files: dict[str, str]) -> None:
+    """As Load OFT nodes in a row with those modes. The last row is an adapter in memory and takes the node's."""
+
+    def chained(modes: tuple[str, ...], last: str):
+        def add(g: Graph, parts: Parts) -> Parts:
+            for n, s, mode in zip("bda", STRENGTHS, modes, strict=True):
+                parts = load(g, parts, files[n], s, mode=mode)
+            return load(g, parts, files["c"], 1.3, 0.0, mode=last)
+
+        return add
+
+    def in_stack(modes: tuple[str, ...], runtime: str = "auto"):
+        rows = [(files[n], True, s, s, m) for n, s, m in zip("bda", STRENGTHS, modes, strict=True)]
+
+        def add(g: Graph, parts: Parts) -> Parts:
+            adapter = g.OFT_LoadAdapter(oft_name=files["c"])
+            more = {"strength_model_4": 1.3, "strength_clip_4": 0.0, "adapter_4": adapter[0]}
+            stack = stack_node(g, rows, mode="geodesic", **more)
+            return apply_stack(g, parts, stack[0], runtime=runtime)
+
+        return add
+
+    expected = picture(client, chained(MODES, "geodesic"))
+    assert (picture(client, in_stack(MODES)) == expected).all()
+    live, as_node = in_stack(MODES[:2] + ("linear",), "activations"), ("as the node",) * 3
+    others = [
+        chained(("rotation", "linear", "core"), "geodesic"),
+        chained(("geodesic", "rotation", "core"), "geodesic"),
+        chained(("geodesic", "linear", "linear"), "geodesic"),
+        chained(MODES, "linear"),
+        in_stack(as_node),
+    ]
+    shown = [picture(client, other) for other in others]
+    assert all((one != expected).any() for one in shown), "every row's mode must show, or this says nothing"
+    assert np.abs(picture(client, live).astype(int) - shown[2]).max() <= 1
+    assert (shown[-1] == picture(client, chained(("geodesic",) * 3, "geodesic"))).all()
+
+
+def test_blended_rows_may_differ_in_mode(client: Client, host: ComfyServer, files: dict[str, str]) -> None:
+    """The blend of two files is the geodesic half-way between them, each taken at its strength in its mode."""
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    both = [(files["a"], 1.7, "geodesic"), (files["d"], -0.6, "rotation")]
+
+    def blended(g: Graph, parts: Parts) -> Parts:
+        stack = stack_node(g, [(n, True, s, s, m) for n, s, m in both])
+        return apply_stack(g, parts, stack[0], "blend")
+
+    def alone(name: str, s: float, mode: str):
+        return lambda g, parts: load(g, parts, name, s, mode=mode)
+
+    linalg = pytest.importorskip("scipy.linalg")
+    base = weights(client, host)[key].double()
+    logs = []
+    for one in both:
+        turned = weights(client, host, alone(*one))[key].double()
+        blocks = [b @ torch.linalg.pinv(a) for a, b in zip(base.split(8), turned.split(8), strict=True)]
+        logs.append(torch.block_diag(*(torch.from_numpy(linalg.logm(b.numpy()).real) for b in blocks)))
+    expected = torch.matrix_exp(sum(logs) / 2) @ base
+    got = weights(client, host, blended)[key].double()
+    assert (got - expected).norm() / (expected - base).norm() < 5e-3  # the stored weights are fp16
+    same = weights(client, host, stacked([(n, True, s, s) for n, s, _ in both], "blend"))[key].double()
+    assert (same - expected).norm() / (expected - base).norm() > 2e-2, "the mode must show"
+
+    straight = [(files["a"], True, 0.5, 0.5, "rotation"), (files["d"], True, 0.5, 0.5, "linear")]
+    with pytest.raises(PromptFailed) as failed:
+        picture(client, stacked(straight, "blend"))
+    for words in ("linear", files["d"], "rotation or geodesic"):
+        assert words in failed.value.text, failed.value.text
+
+
+def test_saved_graphs_keep_their_values(client: Client) -> None:
+    """The page stores the values of widgets by their place: later ones may only follow."""
+    order = client.object_info("OFT_Stack")["input_order"]
+    names = [n for part in ("required", "optional") for n in order.get(part, ()) if "adapter_" not in n]
+    row = ("on_{}", "oft_name_{}", "strength_model_{}", "strength_clip_{}")
+    rows = [name.format(i) for i in range(1, 5) for name in row]
+    start = ["stack", "lora_stack", "mode", "coft", "coft_degrees"]
+    assert names == [*start, *rows, *(f"mode_{i}" for i in range(1, 5))]
+
+
 # --- LORA_STACK ---------------------------------------------------------------------------------------------
 
 
@@ -198,7 +285,7 @@ def test_lora_stack_is_read_and_written(client: Client, host: ComfyServer, files
     incoming = [["a_lora.safetensors", 0.4, 0.3], [files["b"], -0.6, 1.0], ["missing.safetensors", 1.0, 1.0]]
     g = Graph()
     source = g.Tiny_LoraStack(entries=json.dumps(incoming))
-    rows = [(files["a"], True, 0.8, 0.5), (files["d"], False, 1.0, 1.0)]
+    rows = [(files["a"], True, 0.8, 0.5, "geodesic"), (files["d"], False, 1.0, 1.0, "linear")]
     stack = stack_node(g, rows, lora_stack=source[0])
     show = {i: g.Tiny_ShowLoraStack(lora_stack=stack[i]) for i in (1, 2)}
     parts = apply_stack(g, stock_parts(g, "sd15"), stack[0])
@@ -207,10 +294,18 @@ def test_lora_stack_is_read_and_written(client: Client, host: ComfyServer, files
     assert json.loads(result.text(show[1])) == [incoming[0], incoming[2], incoming[1], [files["a"], 0.8, 0.5]]
     assert json.loads(result.text(show[2])) == [incoming[0], incoming[2]]
     assert "a_lora.safetensors" in result.text(stack) and "(off)" in result.text(stack)
-    expected = picture(client, in_a_row((files["b"], -0.6, 1.0), (files["a"], 0.8, 0.5)))
-    assert (result.image(preview) == expected).all()
+    left_out = next(line for line in result.text(stack).splitlines() if "no place" in line)
+    assert f"{files['a']} (geodesic" in left_out and files["b"] not in left_out and files["d"] not in left_out
 
-    # What was written gives the same again.
+    def first_as(mode: str):
+        return lambda g, parts: load(
+            g, load(g, parts, files["b"], -0.6, 1.0), files["a"], 0.8, 0.5, mode=mode
+        )
+
+    assert (result.image(preview) == picture(client, first_as("geodesic"))).all()
+
+    # What was written gives the same again, but for the mode.
+    expected = picture(client, first_as("rotation"))
     g = Graph()
     again = stack_node(g, [], lora_stack=g.Tiny_LoraStack(entries=result.text(show[1]))[0])
     preview = text_to_image(g, apply_stack(g, stock_parts(g, "sd15"), again[0]), "sd15")
