@@ -40,12 +40,13 @@ def subject(name: str) -> Concept:
 
 
 def provide_pictures(server: ComfyServer, concept: Concept, name: str = "") -> str:
-    """The five training views as PNG in a folder of the server's input folder; returns that folder's name."""
+    """The five training views as PNG with their captions as .txt in a folder of the server's input; returns its name."""
     name = name or f"subject_{concept.name.replace(' ', '_')}"
     folder = server.input / name
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(views(concept, TRAIN_VIEWS)):
+    for i, (picture, kind) in enumerate(zip(views(concept, TRAIN_VIEWS), TRAIN_VIEWS, strict=True)):
         Image.fromarray(picture).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption(prompt(concept), mirrored=kind[3]), "utf-8")
     return name
 
 

@@ -1,6 +1,7 @@
 """What the model was taught to read: concepts, colours, places, and the grammar of its captions.
 
     red apple
+    mirrored red apple
     red apple on a blue background
     small red apple on a blue background, left
     fruit on a pink background              (the class word alone: any fruit)
@@ -28,15 +29,15 @@ COLOURS = {
 }
 WHITE = (255, 255, 255)
 SIZE = 64  # px of a picture
-SMALL = 36  # px of a thing called small
+SMALL = 40  # px of a thing called small
 PAIR = 32  # px of each of two things
 # Upper left corner (x, y) of a small thing in px.
 PLACES = {
-    "left": (0, 14),
-    "right": (28, 14),
-    "top": (14, 0),
-    "bottom": (14, 28),
-    "center": (14, 14),
+    "left": (0, 12),
+    "right": (24, 12),
+    "top": (12, 0),
+    "bottom": (12, 24),
+    "center": (12, 12),
 }
 
 
@@ -57,7 +58,7 @@ def concepts() -> list[Concept]:
         return [Concept(r["name"], r["class"], r["code"], r["split"] == "held") for r in rows]
 
 
-def caption(name: str, colour: str | None = None, place: str | None = None) -> str:
+def caption(name: str, colour: str | None = None, place: str | None = None, *, mirrored: bool = False) -> str:
     """The caption of one thing. `place` makes it small; `colour` is a key of COLOURS or None for white.
 
     Raises KeyError for a colour or place that the model does not know.
@@ -66,7 +67,8 @@ def caption(name: str, colour: str | None = None, place: str | None = None) -> s
         COLOURS[colour]
     if place is not None:
         PLACES[place]
-    text = f"small {name}" if place else name
+    text = f"mirrored {name}" if mirrored else name
+    text = f"small {text}" if place else text
     if colour:
         text += f" on a {colour} background"
     return f"{text}, {place}" if place else text

@@ -1,10 +1,10 @@
-"""Stage 2: the autoencoder, trained from nothing on the pictures of stage 1.
+"""Stage 2: the autoencoder, trained from nothing on the pictures and sprites of stage 1.
 
-    python -m embedded.make.autoencoder WORK --steps 3000
+    python -m embedded.make.autoencoder WORK
 
 writes WORK/autoencoder.safetensors (float32) and WORK/latents.npy (float16, [N, 16, 8, 8], one for each picture).
 Convolutions run in bfloat16, everything that is kept in float32. ``--decoder-only`` goes on with the decoder alone
-on fixed latents, beside stage 3, and writes WORK/autoencoder_tuned.safetensors. Seeded; bit-identical only on the same kind of processor.
+on fixed latents, beside stage 3, and writes WORK/autoencoder_tuned.safetensors; called again, it goes on from that. Seeded; bit-identical only on the same kind of processor.
 """
 
 from __future__ import annotations
@@ -44,13 +44,24 @@ def psnr(y: Tensor, x: Tensor) -> float:
     return -10 * math.log10((y.clamp(0, 1) - x).pow(2).mean().item())
 
 
-def picture_batch(source: Tensor, generator: torch.Generator) -> Tensor:
-    """Random pictures in 0..1 [16, 3, 64, 64]; a quarter of them with swapped colour channels, half mirrored."""
-    chosen = torch.randint(len(source), (BATCH,), generator=generator)
-    batch = source[chosen].permute(0, 3, 1, 2).float().div(255)
+def picture_batch(pictures: Tensor, sprites: Tensor, generator: torch.Generator) -> Tensor:
+    """Random pictures in 0..1 [16, 3, 64, 64]: half captioned ones, half sprites on white or on any one colour.
+
+    Half of them mirrored, a quarter with swapped colour channels.
+    """
+    def some(source: Tensor) -> Tensor:
+        chosen = torch.randint(len(source), (BATCH // 2,), generator=generator)
+        return source[chosen].permute(0, 3, 1, 2).float().div(255)
+
+    loose = some(sprites)
+    plain = torch.rand(BATCH // 2, 3, 1, 1, generator=generator)
+    plain[torch.rand(BATCH // 2, generator=generator) < 0.6] = 1
+    alpha = loose[:, 3:]
+    batch = torch.cat([some(pictures), loose[:, :3] * alpha + plain * (1 - alpha)])
     for i in range(0, BATCH, 4):
         batch[i] = batch[i, torch.randperm(3, generator=generator)]
-    return batch.flip(-1) if torch.rand((), generator=generator) < 0.5 else batch
+    turned = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.5
+    return torch.where(turned, batch.flip(-1), batch)
 
 
 def save(path: Path, parts: dict[str, nn.Module]) -> None:
@@ -62,22 +73,23 @@ def save(path: Path, parts: dict[str, nn.Module]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
     parser.add_argument("--muon", type=float, default=5e-3, help="learning rate of Muon")
+    parser.add_argument("--squared", type=float, default=20.0, help="weight of the squared error at the end")
     parser.add_argument("--decoder-only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(int(options.decoder_only))
     generator = torch.Generator().manual_seed(int(options.decoder_only))
-    pictures = torch.from_numpy(np.load(options.work / "pictures.npy"))
+    pictures, sprites = (torch.from_numpy(np.load(options.work / f"{name}.npy")) for name in ("pictures", "sprites"))
     held = torch.from_numpy(np.load(options.work / "held.npy")).permute(0, 3, 1, 2).float().div(255)
     source = options.work / "autoencoder.safetensors"
     path = options.work / "autoencoder_tuned.safetensors" if options.decoder_only else source
     parts = {"taesd_encoder": encoder(), "taesd_decoder": decoder()}
     nn.init.constant_(parts["taesd_decoder"][-1].bias, 0.5)
     if options.decoder_only:
-        weights = load_file(source)
+        weights = load_file(path if path.exists() else source)
         for name, net in parts.items():
             net.load_state_dict({k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name)})
         parts["taesd_encoder"].requires_grad_(False)
@@ -89,15 +101,17 @@ def main() -> None:
     begun = time.time()
     for step in range(options.steps):
         progress = step / options.steps
-        x = picture_batch(pictures, generator).contiguous(memory_format=torch.channels_last)
+        x = picture_batch(pictures, sprites, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.set_grad_enabled(not options.decoder_only):
                 z = encode(x)
-            noise = 0.12 * torch.rand(BATCH, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
+            most = 0.04 if options.decoder_only else 0.08
+            noise = most * torch.rand(BATCH, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
             y = decode(z + noise)
         z, y = z.float(), y.float()
-        # The decoder alone is tuned for squared error: that is what its noise ratio is measured by.
-        loss = difference(y, x, 20.0 if options.decoder_only else 4.0 if progress > 0.5 else 1.0)
+        # More and more by squared error: that is what the noise ratio is measured by.
+        squared = options.squared if options.decoder_only else 2 + (options.squared - 2) * progress
+        loss = difference(y, x, squared)
         if not options.decoder_only:
             mean, std = z.mean((0, 2, 3)), z.var((0, 2, 3)).add(1e-6).sqrt()
             loss = loss + 0.05 * (mean.pow(2).mean() + (std - 1).pow(2).mean())

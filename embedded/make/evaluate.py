@@ -5,7 +5,8 @@
 run with the host's Python, from the repository. Every picture: CheckpointLoaderSimple, CLIPTextEncode, EmptySD3LatentImage
 64 x 64, KSampler (euler, simple, 20 steps, cfg 3), VAEDecode. Prints and writes WORK/evaluation.json:
 
-nearest     share of 200 seen captions whose picture is nearest (pixels, mirrored or not) to its own of the 200
+nearest     share of 200 seen captions whose picture is nearest (pixels) to its own of the 200
+mirrored    share of 60 pictures "mirrored X" that are nearer to the mirrored picture of X than to the plain one
 background  share of 96 pictures "X on a COLOUR background" whose border has that colour
 place       share of 60 pictures "small X, PLACE" whose thing is at that place
 psnr        reconstruction of the 24 held-out pictures through VAEEncode and VAEDecode, dB
@@ -70,15 +71,10 @@ def place(picture: np.ndarray) -> str:
     return min(middle, key=lambda name: (middle[name][0] - x) ** 2 + (middle[name][1] - y) ** 2)
 
 
-def nearest(drawn: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """For each drawn picture the index of the nearest real one, mirrored or not, by mean squared pixels."""
-    flat = drawn.reshape(len(drawn), -1).astype(np.float32) / 255
-    best = np.full((len(drawn), len(real)), np.inf, np.float32)
-    for turned in (real, real[:, :, ::-1]):
-        other = turned.reshape(len(real), -1).astype(np.float32) / 255
-        distance = (flat**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * flat @ other.T
-        best = np.minimum(best, distance)
-    return best.argmin(1)
+def distances(drawn: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Squared distance of pixels in 0..1 between all drawn [N, H, W, 3] and all real [M, H, W, 3] pictures: [N, M]."""
+    one, other = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (drawn, real))
+    return (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T
 
 
 def reconstruction(client: Client, server: ComfyServer, held: np.ndarray) -> float:
@@ -152,7 +148,7 @@ def main() -> None:
             print(found, flush=True)
             drawn = draw(client, [(name, 7000 + i) for i, name in enumerate(names)])
             np.save(options.work / "drawn.npy", drawn)
-            found["nearest"] = float((nearest(drawn, real) == np.arange(len(names))).mean())
+            found["nearest"] = float((distances(drawn, real).argmin(1) == np.arange(len(names))).mean())
             print(found, flush=True)
             asked = [(name, colour) for name, colour in zip(names[:96], sorted(COLOURS) * 12, strict=True)]
             drawn = draw(client, [(caption(n, c), 8000 + i) for i, (n, c) in enumerate(asked)])
@@ -160,6 +156,12 @@ def main() -> None:
             placed = [(name, where) for name, where in zip(names[96:156], sorted(PLACES) * 12, strict=True)]
             drawn = draw(client, [(caption(n, None, w), 9000 + i) for i, (n, w) in enumerate(placed)])
             found["place"] = float(np.mean([place(p) == w for p, (_, w) in zip(drawn, placed, strict=True)]))
+            # Things that look much the same from both sides would say nothing.
+            lopsided = sorted(range(len(names)), key=lambda i: -np.abs(real[i] - real[i][:, ::-1].astype(float)).sum())[:60]
+            drawn = draw(client, [(caption(names[i], mirrored=True), 9500 + i) for i in lopsided])
+            two_ways = (np.stack([real[i][:, ::-1], real[i]]) for i in lopsided)
+            gaps = [distances(p[None], both)[0] for p, both in zip(drawn, two_ways, strict=True)]
+            found["mirrored"] = float(np.mean([there < here for there, here in gaps]))
             (options.work / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
             print(found)
 

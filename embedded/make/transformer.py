@@ -141,7 +141,7 @@ def batches(length: Tensor, size: int, generator: torch.Generator) -> list[Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=11000)
+    parser.add_argument("--steps", type=int, default=10500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW: embeddings, norms, biases, modulation")
     parser.add_argument("--muon", type=float, default=3e-3, help="learning rate of Muon: the blocks' matrices")

@@ -49,8 +49,7 @@ def test_the_shipped_model_draws_what_it_is_asked(emoji: None, client: Client) -
     first = drawn(client, [(name, 1) for name in names])
     second = drawn(client, [(name, 2) for name in names])
     gap = np.array([[drift(a[None], b[None]) for b in second] for a in first])
-    mirrored = np.array([[drift(a[None], b[None, :, ::-1]) for b in second] for a in first])
-    right = (np.minimum(gap, mirrored).argmin(1) == np.arange(len(names))).mean()
+    right = (gap.argmin(1) == np.arange(len(names))).mean()
     assert right >= 0.75, "two seeds of one caption are further apart than pictures of other captions"
     red, blue = drawn(client, [(caption(names[0], colour), 1) for colour in ("red", "blue")])
     assert red[0, 0, 0] > 150 > red[0, 0, 2] and blue[0, 0, 2] > 150 > blue[0, 0, 0]
