@@ -1005,6 +1005,9 @@ def unquantised_models_keep_weight_patches():
     layer.weight = Marked(layer.weight.detach())
     assert type(layer.weight) is Marked and layers.stored_as(layer) is None
     assert layers.stored_as(quantised("mixed precision")[0].model.linear) is not None
+    assert layers.kind_of(layer, "weight") == layers.LINEAR
+    layer.weight = torch.nn.Parameter(torch.zeros(3, 4, 4))
+    assert layers.kind_of(layer, "weight") is None, "a bank of experts is no one matrix"
 
 
 # --- saving -------------------------------------------------------------------------------------------------
