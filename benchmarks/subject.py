@@ -64,7 +64,7 @@ SHIFT = 3.0  # of SD3's noise levels, in training as in drawing
 GRID_SUBJECTS = ("castle", "owl", "guitar")  # for choosing learning rates; never reported
 GRID_STEPS = (50, 100, 200, 400)
 SUBJECTS = 12  # behind the reported numbers
-STEPS = (25, 50, 100, 200, 400)
+STEPS = (50, 100, 200, 400)
 LONG_STEPS = (*STEPS, 1000, 2000)
 BATCH = 1  # as OFT_Train has it
 PICTURES = len(TRAIN_VIEWS)
@@ -890,6 +890,9 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=4, help="how many subjects have runs of 2,000 steps")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--pictures", type=int, default=PICTURES, help="training views of a subject")
+    parser.add_argument(
+        "--rates", nargs="+", default=[], metavar="METHOD=RATE", help="learning rates, where no grid was run"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
         "--transformer", type=Path, help="other weights than the shipped ones, with --autoencoder"
@@ -925,7 +928,8 @@ def main() -> None:
         done = finished(x for x in lines if x["stage"] == "guide" and x["weights"] == world.digest)
     else:
         mine = [x for x in lines if x["batch"] == options.batch and x["weights"] == world.digest]
-        rates = chosen_rates(mine, options.methods)
+        given = {name: float(rate) for name, rate in (text.split("=") for text in options.rates)}
+        rates = given | chosen_rates(mine, [m for m in options.methods if m not in given])
         print("learning rates: " + ", ".join(f"{m} {rates[m]:g}" for m in options.methods))
         more = {"batch": options.batch, "pictures": options.pictures}
         jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, **more)
