@@ -263,10 +263,8 @@ def taesd_state(family: str, seed: int = 0, prefix: str = "") -> dict[str, torch
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def make_model(
-    family: str, full_depth: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> comfy.model_patcher.ModelPatcher:
-    """A model of `IN_MEMORY`, on the offload device, that keeps its weights and computes in `dtype`."""
+def config_of(family: str, full_depth: bool = False) -> tuple[type, dict, dict]:
+    """ComfyUI's class, its config and the overrides for a model of `IN_MEMORY`, as this host wants them."""
     cls, short, full, overrides = IN_MEMORY[family]
     if full_depth and full is None:
         raise ValueError(
@@ -280,6 +278,14 @@ def make_model(
 
         if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer hosts
             config["txt_ids_dims"] = []
+    return cls, config, overrides
+
+
+def make_model(
+    family: str, full_depth: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> comfy.model_patcher.ModelPatcher:
+    """A model of `IN_MEMORY`, on the offload device, that keeps its weights and computes in `dtype`."""
+    cls, config, overrides = config_of(family, full_depth)
     offload = comfy.model_management.unet_offload_device()
     model = _base_model(cls, config, overrides, offload, dtype)
     fill_module_(model.diffusion_model, seed)

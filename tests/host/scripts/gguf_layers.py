@@ -167,10 +167,7 @@ def make_model(families, family: str, seed: int = 0):
     that does not fit. Returns (patcher, types: parameter name -> type).
     """
     plain = families.make_model(family, seed=seed).model
-    cls, config, _, overrides = families.IN_MEMORY[family]
-    config = dict(config)
-    if "num_res_blocks" in config:
-        config.setdefault("model_channels", 32)
+    cls, config, overrides = families.config_of(family)
     conf = cls(config)
     conf.custom_operations = Operations
     conf.set_inference_dtype(torch.float32, None)
