@@ -479,6 +479,7 @@ METHODS: dict[str, Method] = {
     "oft32-pictures": Method(
         "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32-match"
     ),
+    "default": Method("Train OFT as it comes (ours)", _preset("subject", oft_block_size=32), (1e-3,)),
     "lora4": Method("LoRA rank 4 (PEFT)", _lora(4), LORA_RATES),
     "lora16": Method("LoRA rank 16 (PEFT)", _lora(16), LORA_RATES),
     "lora16-match": Method("LoRA rank 16 + prior match", _lora(16, match=True), LORA_RATES),
@@ -781,6 +782,9 @@ def chosen_rates(lines: list[dict[str, Any]], methods: Iterable[str] = tuple(MET
         grid = METHODS[name].grid
         source = grid if isinstance(grid, str) else name
         rates = METHODS[source].grid
+        if len(rates) == 1:
+            out[name] = rates[0]
+            continue
         whole = [tried for tried in found.get(source, {}).values() if set(rates) <= set(tried)]
         if not whole:
             raise ValueError(f"no whole grid of learning rates for {source}: run with --grid first")

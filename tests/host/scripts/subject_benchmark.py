@@ -396,6 +396,7 @@ def levels_are_found_between_checkpoints_and_rates_by_balance() -> None:
     assert subject_report.at_level(replace_rows(line, 0.25), 0.5) is None
     grid = [fake(job) for job in subject.grid_jobs(subject.METHODS, 2, 1)]
     assert subject.chosen_rates(grid)["oft16"] == 1e-3
+    assert subject.chosen_rates([], ["default"]) == {"default": 1e-3}
     # A better run at another rate does not count while the rest of that subject's grid is missing.
     other = fake(subject.Job("grid", "oft32", 3e-3, "guitar", 0, subject.GRID_STEPS))
     perfect = [{**r, "drift": 0.0} for r in other["rows"]]
