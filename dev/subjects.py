@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from embedded.captions import SIZE, Concept, caption, concepts
-from embedded.model import build
+from embedded.model import build, is_current
 from embedded.pictures import HELD_VIEWS, TRAIN_VIEWS, TRIGGER, prompt, subjects, views
 from oft_core.rotation import block_size_of, cayley, pack_skew, unpack_skew
 
@@ -29,9 +29,9 @@ SMOKE = {"steps": 250, "learning_rate": 5e-3}
 
 
 def provide_checkpoint(models: Path) -> Path:
-    """The tiny model among the checkpoints of a models folder; built once."""
+    """The tiny model among the checkpoints of a models folder; built once for the weights of this version."""
     path = models / "checkpoints" / CHECKPOINT
-    return path if path.exists() else build(path)
+    return path if is_current(path) else build(path)
 
 
 def subject(name: str) -> Concept:

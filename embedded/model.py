@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,6 +69,19 @@ def ship(transformer_file: Path, autoencoder_file: Path) -> None:
     (WEIGHTS / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", "utf-8")
 
 
+def identity() -> str:
+    """One SHA-256 of all shipped weights, which `build` writes into the checkpoint's metadata."""
+    return hashlib.sha256(json.dumps(checksums(), sort_keys=True).encode()).hexdigest()
+
+
+def is_current(path: Path) -> bool:
+    """Whether `path` is a checkpoint that was built from these weights."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("oft_emoji.weights") == identity()
+
+
 def build(path: Path) -> Path:
     """Write the stock checkpoint to `path` (to a temporary name first). Returns `path`."""
     parts = {
@@ -76,7 +90,8 @@ def build(path: Path) -> Path:
         "text_encoders.clip_l.transformer.": text_encoder.state_dict(),
     }
     tensors = {prefix + k: v.contiguous() for prefix, part in parts.items() for k, v in part.items()}
-    metadata = {"modelspec.title": "OFT emoji", "modelspec.license": "Apache-2.0", "modelspec.resolution": "64x64"}
+    metadata = {"modelspec.title": "OFT emoji", "modelspec.license": "Apache-2.0", "modelspec.resolution": "64x64",
+                "oft_emoji.weights": identity()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata)

@@ -34,6 +34,13 @@ def test_damaged_weights_are_named(tmp_path, monkeypatch) -> None:
         model.vae()
 
 
+def test_a_checkpoint_of_other_weights_is_not_current(tmp_path, monkeypatch) -> None:
+    path = model.build(tmp_path / "emoji.safetensors")
+    assert model.is_current(path) and not model.is_current(tmp_path / "none.safetensors")
+    monkeypatch.setattr(model, "checksums", lambda: {"transformer.safetensors": "other"})
+    assert not model.is_current(path)
+
+
 def test_no_qk_norm_and_the_padding_is_zero() -> None:
     weights = model.transformer()
     assert not [k for k in weights if ".ln_q." in k or ".ln_k." in k]
