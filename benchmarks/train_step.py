@@ -4,8 +4,11 @@
     python benchmarks/train_step.py --host-dir PATH_TO_COMFYUI --pixels 512 as the goals are stated
     python benchmarks/train_step.py --model sdxl                            SDXL-shaped attention blocks, without ComfyUI
 
-All methods train the query, key, value and output projections of every attention on the same frozen float32 model, batch 1, AdamW.
-A step is forward, backward and optimizer. Methods run in turn, round after round; the shortest step of each counts. Saved memory is what
+    ... --dtype bfloat16                                                    as trainers run by default: frozen model in bfloat16, autocast
+
+All methods train the query, key, value and output projections of every attention on the same frozen model, batch 1, AdamW, numbers
+that are trained in float32. The row "no adapter" is the bound that no method can pass: the frozen model's forward pass and the
+backward pass through it to the first of these layers. A step is forward, backward and optimizer. Methods run in turn, round after round; the shortest step of each counts. Saved memory is what
 autograd keeps between forward and backward beyond the model's own weights, each storage counted once.
 """
 
@@ -39,21 +42,30 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass
 class Subject:
-    """The frozen model, how to run it once, and the names of the layers that are trained."""
+    """The frozen model, how to run it once, and the names of the layers that are trained.
+
+    dtype: of the frozen model; bfloat16 runs under autocast to it.
+    """
 
     name: str
     model: nn.Module
     run: Callable[[], Tensor]
+    dtype: torch.dtype
     targets: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to(self.dtype)
         self.targets = [
             n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and n.endswith(TARGETS) and ".attn" in n
         ]
 
+    def loss(self) -> Tensor:
+        """Scalar float32 loss of one forward pass."""
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.run().float().square().mean()
 
-def sd15(host_dir: str, pixels: int) -> Subject:
+
+def sd15(host_dir: str, pixels: int, dtype: torch.dtype) -> Subject:
     """ComfyUI's SD1.5 UNet with random weights."""
     sys.path.insert(0, host_dir)
     sys.argv = [sys.argv[0], "--cpu"] if not torch.cuda.is_available() else sys.argv[:1]
@@ -75,7 +87,7 @@ def sd15(host_dir: str, pixels: int) -> Subject:
     randomise(net)
     x, t = torch.randn(1, 4, pixels // 8, pixels // 8), torch.tensor([500.0])
     context = torch.randn(1, 77, 768)
-    return Subject(f"SD1.5 UNet, {pixels} px", net, lambda: net(x, t, context=context))
+    return Subject(f"SD1.5 UNet, {pixels} px", net, lambda: net(x.to(dtype), t, context=context.to(dtype)), dtype)
 
 
 class Attention(nn.Module):
@@ -108,19 +120,19 @@ class Block(nn.Module):
         return x + self.down(a * nn.functional.gelu(gate))
 
 
-def sdxl(pixels: int) -> Subject:
+def sdxl(pixels: int, dtype: torch.dtype) -> Subject:
     """Two of SDXL's widest transformer blocks with the tokens that ``pixels`` gives there."""
     net = nn.ModuleList([Block(1280), Block(1280)])
     randomise(net)
     x, context = torch.randn(1, (pixels // 32) ** 2, 1280), torch.randn(1, 77, 2048)
 
     def run() -> Tensor:
-        y = x
+        y = x.to(dtype)
         for block in net:
-            y = block(y, context)
+            y = block(y, context.to(dtype))
         return y
 
-    return Subject(f"two SDXL blocks of 1280, {pixels} px", net, run)
+    return Subject(f"two SDXL blocks of 1280, {pixels} px", net, run, dtype)
 
 
 def randomise(net: nn.Module) -> None:
@@ -142,6 +154,22 @@ class Method:
     install: Callable[[], AbstractContextManager] = nullcontext
     begin: Callable[[], None] = lambda: None
     finish: Callable[[], None] = lambda: None
+
+
+def no_adapter(subject: Subject) -> Method:
+    """A single trained number, added to the input of the first layer that the others adapt."""
+    one = nn.Parameter(torch.zeros(()))
+    first = subject.model.get_submodule(subject.targets[0])
+
+    @contextmanager
+    def install() -> Iterator[None]:
+        handle = first.register_forward_pre_hook(lambda _, inputs: (inputs[0] + one.to(inputs[0].dtype), *inputs[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return Method("no adapter", [one], install)
 
 
 def ours(subject: Subject, block: int, series: bool) -> Method:
@@ -233,7 +261,7 @@ def lycoris_method(subject: Subject, block: int) -> Method:
 
 
 def all_methods(subject: Subject, notices: list[str]) -> list[Method]:
-    out = [ours(subject, b, series) for b in (32, 64) for series in (False, True)]
+    out = [no_adapter(subject)] + [ours(subject, b, series) for b in (32, 64) for series in (False, True)]
     if importlib.util.find_spec("peft"):
         from peft import LoraConfig
         from peft import OFTConfig as PeftOFT
@@ -266,7 +294,7 @@ def one_step(subject: Subject, method: Method, optimizer: torch.optim.Optimizer 
     """Seconds of one step."""
     start = time.perf_counter()
     method.begin()
-    subject.run().square().mean().backward()
+    subject.loss().backward()
     method.finish()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -286,7 +314,7 @@ def saved_bytes(subject: Subject, method: Method) -> int:
 
     method.begin()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = subject.run().square().mean()
+        loss = subject.loss()
     loss.backward()
     method.finish()
     for p in method.parameters:
@@ -321,6 +349,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("sd15", "sdxl"), default="sd15")
     parser.add_argument("--host-dir", default=os.environ.get("OFT_HOST_DIR"))
     parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="methods whose name contains one of these texts, beside LoRA of PEFT")
@@ -330,14 +359,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.model == "sd15" and not options.host_dir:
         parser.error("sd15 needs --host-dir, a ComfyUI folder")
-    subject = sd15(options.host_dir, options.pixels) if options.model == "sd15" else sdxl(options.pixels)
+    dtype = getattr(torch, options.dtype)
+    subject = sd15(options.host_dir, options.pixels, dtype) if options.model == "sd15" else sdxl(options.pixels, dtype)
     notices: list[str] = []
     methods = all_methods(subject, notices)
     if options.only:
-        methods = [m for m in methods if "(PEFT)" in m.name or any(text in m.name for text in options.only)]
+        methods = [m for m in methods if "LoRA rank 16 (PEFT)" == m.name or any(text in m.name for text in options.only)]
     rows = measure(subject, methods, options.rounds)
     unit = next((r for r in rows if r["method"].startswith("LoRA")), rows[0])
-    print(f"Machine: {machine()}\n\n{subject.name}, {len(subject.targets)} layers, float32, batch 1; unit: {unit['method']}\n")
+    print(f"Machine: {machine()}\n\n{subject.name}, {len(subject.targets)} layers, {options.dtype}, batch 1; unit: {unit['method']}\n")
     print("| method | parameters | step | time / unit | saved activations MiB | beyond unit MiB |")
     print("|---|---|---|---|---|---|")
     for r in rows:
