@@ -462,7 +462,7 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     more = pictures_table(every)
     if more:
         out.append("### More pictures\n\n" + more)
-    out.append("### Random planes, same angles\n\n" + control_table(even))
+    out.append("### Random planes, same angles\n\n" + control_table(main))
     out.append("### Geometry and time\n\n" + geometry_table(even, methods))
     grid = [x for x in lines if x["stage"] == "grid" and x["weights"] == digest]
     if grid:
