@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from ..oft_core import Adapter, AdapterError, describe
 from ..oft_core.adapter import load_adapter
+from ..oft_core.formats.write import atomically, remove_partials
 from ..oft_core.training import ConfigError, Progress, Record, Trainer, TrainingError
 from ..oft_core.training.checkpoint import saved_states
 from . import folders, train_host, train_mode
@@ -119,7 +121,7 @@ class Run:
             path = Path(saved["file"])
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes((self.folder / saved["copy"]).read_bytes())
+                atomically(path, lambda part: shutil.copyfile(self.folder / saved["copy"], part))
             samples = [from_pillow(Image.open(self.folder / s)) for s in saved["samples"]]
             adapter = load_adapter(path)
         except (OSError, KeyError, ValueError, AdapterError) as error:
@@ -140,6 +142,7 @@ class Run:
             for old in saved_states(states) if states.is_dir() else []:
                 old.unlink()
         self.path = self._file()
+        remove_partials(self.path.parent, self.path.stem)
         if self.base_file is not None:
             self._say(f"Reading the hash of {self.base_file.name}")
             self.base_metadata = {
@@ -196,7 +199,7 @@ class Run:
         report = self._report(adapter, time.monotonic() - began)
         samples = torch.cat(self.pictures[-MOST_SAMPLES:])
         copy = self.folder / f"adapter-{trainer.step:08d}.safetensors"
-        copy.write_bytes(self.path.read_bytes())
+        atomically(copy, lambda part: shutil.copyfile(self.path, part))
         write_json(
             self.result_file,
             {

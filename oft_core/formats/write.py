@@ -7,6 +7,7 @@ What was trained beside the rotations (biases, norms, whole layers) comes as par
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -25,6 +26,8 @@ from ..layer import Diff, LayerRotation
 from ..names import NameIndex, Spelling
 from ..rotation import unpack_skew
 from .write_beside import BaseWeights, Beside, beside_comfy, beside_lycoris, beside_peft, refused
+
+PARTIAL = ".partial"
 
 #: Families whose files are customarily in diffusers names; all others in the names of the model's authors.
 _DIFFUSERS_NAMED = ("sd1", "sd2")
@@ -81,15 +84,19 @@ def write_adapter(
     path = Path(path)
     if config is not None:
         path.mkdir(parents=True, exist_ok=True)
-        _atomically(path / "adapter_config.json", lambda p: Path(p).write_text(json.dumps(config, indent=2), "utf-8"))
+        atomically(path / "adapter_config.json", lambda p: Path(p).write_text(json.dumps(config, indent=2), "utf-8"))
         path = path / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _atomically(path, lambda p: save_file(tensors, p, dict(metadata or {}) or None))
+    atomically(path, lambda p: save_file(tensors, p, dict(metadata or {}) or None))
     return path
 
 
-def _atomically(path: Path, write: Callable[[str], object]) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+def atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: the file is whole or not there.
+
+    Raises what ``write`` raises; the temporary file is gone then. Only a killed process leaves one: see ``remove_partials``.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     os.close(handle)
     try:
         write(temporary)
@@ -98,6 +105,12 @@ def _atomically(path: Path, write: Callable[[str], object]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_partials(folder: Path, stem: str) -> None:
+    """Delete what a killed process left of files in ``folder`` whose names begin with ``stem``."""
+    for rest in folder.glob(f".{glob.escape(stem)}*{PARTIAL}"):
+        rest.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- what is asked of the layers

@@ -259,6 +259,8 @@ def test_stop_and_kill_keep_the_work(make_server) -> None:
     server.process.kill()
     server.process.wait()
     begun.join()
+    # What a kill in the middle of writing leaves behind.
+    (kept.parent / f".{kept.stem}step000010.safetensors.x1y2z3.partial").write_bytes(b"half")
     server.process = None
     server.port = 0
     server.start()
