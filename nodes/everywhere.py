@@ -41,7 +41,7 @@ from ..oft_core import (
     read_tensors,
 )
 from ..oft_core.stack import names_oft
-from . import folders, host
+from . import folders, host, runtime
 
 log = logging.getLogger("oft")
 
@@ -286,8 +286,9 @@ def _names(original: Callable[..., Any]) -> Callable[..., Any]:
 def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
     """In the place of `comfy.lora.load_lora`: patches by weight key, for packs that add them themselves.
 
-    Never yields to ComfyUI for being right: the strength is known to the caller alone. Raises what `_loader`'s
-    function raises, and `AdapterError` for a file that has more than one change for the same rows.
+    Always weight patches, and never left to ComfyUI for being right: the strength is known to the caller alone.
+    Raises what `_loader`'s function raises, and `AdapterError` for layers whose weights cannot be patched and for a
+    file that has more than one change for the same rows.
     """
 
     @functools.wraps(original)
@@ -308,6 +309,8 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
         _tell(adapter, rest, "as patches for another pack")
         found: dict[Any, Any] = {}
         for side in sides:
+            for note in host.runtime_notes(side, placed.patches[side.name], runtime.WEIGHTS):
+                log.info("OFT everywhere: %s", note)
             mine = [patch for patch, _ in placed.patches[side.name]]
             dictionaries, keeper = host.make_patches(side, mine, full.mode, full.coft)
             if len(dictionaries) > 1:

@@ -4,7 +4,8 @@
 
 writes WORK/autoencoder.safetensors (float32) and WORK/latents.npy (float16, [N, 16, 8, 8], one for each picture).
 Convolutions run in bfloat16, everything that is kept in float32. ``--decoder-only`` goes on with the decoder alone
-on fixed latents, beside stage 3, and writes WORK/autoencoder_tuned.safetensors; called again, it goes on from that. Seeded; bit-identical only on the same kind of processor.
+on fixed latents, beside stage 3, and writes WORK/autoencoder_tuned.safetensors; called again, it goes on from
+that. Seeded; bit-identical only on the same kind of processor.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from embedded.captions import COLOURS, PLACES, SMALL, caption, concepts
 from embedded.make.autoencoder import psnr
 from embedded.pictures import HELD_VIEWS, TRAIN_VIEWS, cutout, subjects, view, views
 
-PSNR = 25.0  # dB, as the model card says
+PSNR = 25.0  # dB, mean over the pictures; the model card has 25.5
 
 
 def test_the_weights_are_those_that_were_made_and_small() -> None:
@@ -57,7 +57,7 @@ def test_the_autoencoder_gives_back_what_it_reads() -> None:
         part.load_state_dict({k.removeprefix(name): v.float() for k, v in weights.items() if k.startswith(name)})
     with torch.no_grad():
         again = parts[1](parts[0](pictures)).clamp(0, 1)
-    assert psnr(again, pictures) >= PSNR
+    assert np.mean([psnr(one, other) for one, other in zip(again, pictures, strict=True)]) >= PSNR
 
 
 def test_the_text_encoder_is_always_the_same_and_nowhere_zero() -> None:
