@@ -121,6 +121,11 @@ class Known:
     names: list[str]
     templates: Tensor
 
+    @property
+    def digest(self) -> str:
+        """First 8 digits of the SHA-256 of the templates: what one encoder measured is not compared with another's."""
+        return hashlib.sha256(self.templates.contiguous().numpy().tobytes()).hexdigest()[:8]
+
     def embed(self, pictures: Tensor) -> Tensor:
         """[N, 3, 64, 64] in 0..1 -> unit vectors [N, 128]."""
         with torch.no_grad():
@@ -175,11 +180,6 @@ def known(work: Path, folder: Path) -> Known:
     with torch.no_grad():
         mine = torch.stack([encoder(as_tensor(views(s, HELD_VIEWS))).mean(0) for s in held])
     return Known(encoder, names + [s.name for s in held], F.normalize(torch.cat([templates, mine]), dim=1))
-
-
-def digest(path: Path) -> str:
-    """First 12 digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def retrieval(space: Known) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from subject import (
     STEPS,
     balance,
     key_of,
+    made_by,
     normalised,
     sheet_name,
 )
@@ -60,10 +61,11 @@ def balanced(lines: Iterable[Line], methods: Iterable[str]) -> list[Line]:
     return [x for x in lines if x["method"] in methods and methods <= have[x["subject"], x["seed"]]]
 
 
-def most(weights: Iterable[str]) -> str:
-    """The weights that most runs have; "" without any."""
-    weights = list(weights)
-    return max(sorted(set(weights)), key=weights.count) if weights else ""
+def comparable(lines: Iterable[Line]) -> list[Line]:
+    """The lines of those weights and that encoder that most have."""
+    lines = list(lines)
+    made = [made_by(x) for x in lines]  # an empty list stays one
+    return [x for x in lines if made_by(x) == max(sorted(set(made)), key=made.count)]
 
 
 def widest(lines: list[Line]) -> tuple[list[str], list[str]]:
@@ -77,7 +79,7 @@ def longest(lines: Iterable[Line]) -> list[Line]:
     """One line for each run: the longest, where a run was repeated with more steps."""
     out: dict[tuple, Line] = {}
     for x in lines:
-        key = (x["weights"], x["stage"], *key_of(x))
+        key = (made_by(x), x["stage"], *key_of(x))
         if key not in out or x["rows"][-1]["step"] > out[key]["rows"][-1]["step"]:
             out[key] = x
     return list(out.values())
@@ -407,17 +409,16 @@ def contact_sheet(lines: list[Line], sheets: Path, path: Path, step: int) -> str
 
 
 def report(lines: list[Line], folder: Path, sheets: Path) -> str:
-    """The tables as Markdown; plots go to folder/images. Only runs of the weights that have most of them
-    count.
+    """The tables as Markdown; plots go to folder/images. Only `comparable` runs count.
     """
     lines = longest(lines)
     every = [x for x in lines if x["stage"] == "main"]
     main = [x for x in every if x["batch"] == BATCH and x["pictures"] == PICTURES]
     if not main:
         return "### Learning rates\n\n" + grid_table(lines)
-    weights = [x["weights"] for x in main]
-    digest = most(weights)
-    main, every = ([x for x in part if x["weights"] == digest] for part in (main, every))
+    main = comparable(main)
+    every = [x for x in every if made_by(x) == made_by(main[0])]
+    digest = main[0]["weights"]
     methods, fewer = widest(main)
     even = balanced(main, methods)
     pairs = {(x["subject"], x["seed"]) for x in even}
@@ -464,7 +465,7 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         out.append("### More pictures\n\n" + more)
     out.append("### Random planes, same angles\n\n" + control_table(main))
     out.append("### Geometry and time\n\n" + geometry_table(even, methods))
-    grid = [x for x in lines if x["stage"] == "grid" and x["weights"] == digest]
+    grid = [x for x in lines if x["stage"] == "grid" and made_by(x) == made_by(main[0])]
     if grid:
         out.append("### Learning rates\n\n" + grid_table(grid))
     return "\n\n".join(out)
@@ -472,12 +473,9 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
 
 def guide(lines: list[Line]) -> dict[str, str]:
     """Name of a table of docs/training.md -> the table, from the subjects that all of its rows have."""
-    lines = [x for x in longest(lines) if x["stage"] == "guide"]
-    digest = most(x["weights"] for x in lines)
     runs: dict[tuple[str, int], list[Line]] = {}
-    for x in lines:
-        if x["weights"] == digest:
-            runs.setdefault((x["method"], x["pictures"]), []).append(x)
+    for x in comparable(x for x in longest(lines) if x["stage"] == "guide"):
+        runs.setdefault((x["method"], x["pictures"]), []).append(x)
     out = {}
     for name, (head, rows) in GUIDE_TABLES.items():
         rows = [(said, runs[variant, count]) for said, variant, count in rows if (variant, count) in runs]
@@ -489,6 +487,7 @@ def guide(lines: list[Line]) -> dict[str, str]:
         more = [f"{what} at {GUIDE_STEPS[-1]}" for what in ("leak", "class drift", "carried over", "follows")]
         table = _table([head, *columns, *more, "largest angle", "ms of a step"], cells)
         count = "Mean of" if len(shared) > 1 else "From"
+        digest = rows[0][1][0]["weights"]
         out[name] = f"{table}\n\n({count} {', '.join(sorted(shared))}; weights {digest}.)"
     return out
 

@@ -59,6 +59,7 @@ TIPS = {
     "out_name": "The file as Load OFT lists it.",
 }
 CONFIG_TIPS = {
+    "module_dropout": "Share of the blocks that stay at identity during a training step, chosen anew each step. -1 by preset.",
     "target_modules": (
         "Which layers, instead of the preset's: 'attention', 'attention+ff', 'all-linear', names separated by "
         "commas, or a regular expression over whole names. Empty: by preset."
@@ -80,7 +81,7 @@ CONFIG_TIPS = {
     "optimizer_args": 'Arguments of the optimizer, as JSON: {"betas": [0.9, 0.99]}.',
     "schedule": "Of the learning rate after the warm-up.",
     "warmup": "Steps in which the learning rate rises.",
-    "weight_decay": "Pulls rotations back to none.",
+    "weight_decay": "Pulls rotations back to none: how far they turn ends where this and the gradient balance. -1 by preset.",
     "clip": "Largest norm of the gradient; 0: no limit.",
     "ema": "Decay of a running mean of the rotations, which is then what is saved; 0: none. 0.99 for 500 steps.",
     "batch_size": "Pictures in one forward.",
@@ -153,7 +154,7 @@ class OFTTrainConfigNode(io.ComfyNode):
                 text("rank_pattern"),
                 text("alpha_pattern"),
                 whole("blocks", 0, 0, 4096),
-                number("module_dropout", 0.0, 0.0, 0.99),
+                number("module_dropout", -1.0, -1.0, 0.99),
                 choice("side", ("input", "output"), default.side),
                 switch("rescale"),
                 switch("scaled"),
@@ -170,7 +171,7 @@ class OFTTrainConfigNode(io.ComfyNode):
                 text("optimizer_args"),
                 choice("schedule", SCHEDULES, settings.schedule),
                 whole("warmup", 0, 0, 100000),
-                number("weight_decay", settings.weight_decay, 0.0, 10.0, 0.001),
+                number("weight_decay", -1.0, -1.0, 10.0, 0.001),
                 number("clip", settings.clip, 0.0, 1000.0),
                 number("ema", 0.0, 0.0, 0.9999, 0.0001),
                 whole("batch_size", 1, 1, 64),

@@ -144,9 +144,13 @@ def make_plan(
     if preset not in TRAIN_PRESETS:
         raise ConfigError("Unknown preset", found=preset, expected=" or ".join(TRAIN_PRESETS))
     given, base = config or TrainConfig(), TRAIN_PRESETS[preset]
-    oft = dict(given.oft)
+    oft, train = dict(given.oft), dict(given.train)
     if not oft.get("target_modules"):
         oft["target_modules"] = base["target"]
+    if oft.get("module_dropout", -1) < 0:
+        oft["module_dropout"] = base["module_dropout"]
+    if train.get("weight_decay", -1) < 0:
+        train["weight_decay"] = base["weight_decay"]
     if not oft.get("r"):
         oft["oft_block_size"] = block_size
     else:
@@ -172,7 +176,7 @@ def make_plan(
     rates = {part: lr for part, lr in rates.items() if lr}
     settings = TrainSettings(
         **{
-            **given.train,
+            **train,
             "steps": steps,
             "lr": learning_rate,
             "seed": seed,

@@ -270,7 +270,7 @@ def fake(job: subject.Job) -> dict:
     if job.method == subject.CONTROL or job.stage == "guide":
         rows = [{**r, **extra} for r in rows]
     return {
-        "stage": job.stage, "weights": "w", "method": job.method, "lr": job.lr, "subject": job.subject,
+        "stage": job.stage, "weights": "w", "encoder": "e", "method": job.method, "lr": job.lr, "subject": job.subject,
         "seed": job.seed, "batch": job.batch, "pictures": job.pictures,
         "ceilings": {"similarity": 0.8, "carried": 0.7}, "base": base, "rows": rows,
         "control": rows if job.method == subject.CONTROL else [], "train_cpu_seconds": 1.0,

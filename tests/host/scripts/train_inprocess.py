@@ -32,6 +32,7 @@ if "comfyui_oft" in sys.modules:
         folders,
         host,
         save,
+        train,
         train_blocks,
         train_host,
         train_identity,
@@ -986,6 +987,22 @@ def base_is_as_before_after_an_error():
     with torch.inference_mode():
         again = train_host.HostModel(*parts("sd15")).sample_latent("a cat", plan, (64, 64), 5)
     assert torch.equal(picture, again), "the base model draws another picture than before"
+
+
+@check
+def presets_decide_what_is_not_given():
+    of = a_set(class_prompt="a photo of a cat")
+    plan = a_run(of=of).plan
+    assert (plan.oft.module_dropout, plan.settings.weight_decay, plan.settings.prior) == (0.2, 2.0, "match")
+    style = a_run(of=of, preset="style").plan
+    assert (style.oft.module_dropout, style.settings.weight_decay, style.settings.prior) == (0.0, 0.01, "none")
+    # What the settings node shows before anything is typed in means: by preset.
+    shown = {i.id: i.default for i in train.OFTTrainConfigNode.define_schema().inputs}
+    assert shown["module_dropout"] == shown["weight_decay"] == -1
+    left = a_run(of=of, config={k: shown[k] for k in ("module_dropout", "weight_decay", "caption_dropout", "prior")}).plan
+    assert left == plan
+    own = a_run(of=of, config={"module_dropout": 0.0, "weight_decay": 0.0}).plan
+    assert (own.oft.module_dropout, own.settings.weight_decay) == (0.0, 0.0)
 
 
 @check
