@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..oft_core import Adapter, Diff, LayerRotation
+from ..oft_core.atomic import atomically
 from ..oft_core.errors import FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
@@ -104,9 +105,7 @@ def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
         for k, t in tensors.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata or None)
-    os.replace(part, path)
+    atomically(path, lambda part: save_file(tensors, part, metadata or None))
     return path
 
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from ..oft_core import Adapter, AdapterError, describe
 from ..oft_core.adapter import load_adapter
-from ..oft_core.formats.write import atomically, remove_partials
+from ..oft_core.atomic import atomically, remove_partials
 from ..oft_core.training import ConfigError, Progress, Record, Trainer, TrainingError
 from ..oft_core.training.checkpoint import saved_states
 from . import folders, train_host, train_mode
@@ -41,10 +41,7 @@ MOST_SAMPLES = 64
 
 
 def write_json(path: Path, value: Any) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-    os.replace(temporary, path)
+    atomically(path, lambda part: Path(part).write_text(json.dumps(value, indent=1), "utf-8"))
 
 
 @dataclass

@@ -23,6 +23,7 @@ from comfyui_version import __version__ as host_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..oft_core.atomic import PARTIAL, atomically
 from ..oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
 
 log = logging.getLogger("oft")
@@ -100,20 +101,17 @@ class Store:
         self.made += 1
         self._used.add(path)
         plain, tensors = to_tensors(value)
-        part = path.with_suffix(f".{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata={"value": json.dumps(plain)})
-            os.replace(part, path)
+            atomically(path, lambda part: save_file(tensors, part, metadata={"value": json.dumps(plain)}))
         except (SafetensorError, OSError) as error:
-            part.unlink(missing_ok=True)
             log.warning("OFT: the training cache could not be written: %s", error)
 
     def prune(self) -> int:
         """Delete what was used longest ago until the limit is kept; what this run uses stays. Returns the bytes freed."""
         if not self.folder.is_dir():
             return 0
-        for rest, stat in _files(self.folder, "*.part"):
+        for rest, stat in _files(self.folder, f"*{PARTIAL}"):
             if time.time() - stat.st_mtime > 3600:
                 rest.unlink(missing_ok=True)  # left by a kill
         files = sorted((s.st_mtime, s.st_size, p) for p, s in _files(self.folder, "*.safetensors"))

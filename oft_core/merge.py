@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter import Adapter, Binding, Patch
+from .atomic import atomically
 from .block_weights import factors
 from .blocks import row_norms, store_
 from .constraint import Strength
@@ -117,29 +117,19 @@ def merge_file(
     metadata[METADATA_KEY] = json.dumps(_history(metadata) + [_record(adapter, strength, binding)])
     header, total = _layout(stored, metadata, target)
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-    try:
-        with os.fdopen(handle, "wb") as sink, open(base, "rb") as source:
+
+    def write(temporary: str) -> None:
+        done = 0
+        with open(temporary, "wb") as sink, open(base, "rb") as source:
             sink.write(header)
-            done = 0
             for key, item in stored.items():
-                for part in _tensor_bytes(source, item, jobs.get(key, []), target, base):
-                    sink.write(part)
+                sink.writelines(_tensor_bytes(source, item, jobs.get(key, []), target, base))
                 done += item.end - item.begin
                 if progress is not None:
                     progress(done, total)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, out)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    atomically(out, write)
     return binding
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _history(metadata: dict[str, str]) -> list:

@@ -7,11 +7,9 @@ What was trained beside the rotations (biases, norms, whole layers) comes as par
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic import atomically
 from ..constraint import Strength
 from ..errors import FormatError, ShapeError
 from ..layer import Diff, LayerRotation
 from ..names import NameIndex, Spelling
 from ..rotation import unpack_skew
 from .write_beside import BaseWeights, Beside, beside_comfy, beside_lycoris, beside_peft, refused
-
-PARTIAL = ".partial"
 
 #: Families whose files are customarily in diffusers names; all others in the names of the model's authors.
 _DIFFUSERS_NAMED = ("sd1", "sd2")
@@ -89,28 +86,6 @@ def write_adapter(
     path.parent.mkdir(parents=True, exist_ok=True)
     atomically(path, lambda p: save_file(tensors, p, dict(metadata or {}) or None))
     return path
-
-
-def atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: the file is whole or not there.
-
-    Raises what ``write`` raises; the temporary file is gone then. Only a killed process leaves one: see ``remove_partials``.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def remove_partials(folder: Path, stem: str) -> None:
-    """Delete what a killed process left of files in ``folder`` whose names begin with ``stem``."""
-    for rest in folder.glob(f".{glob.escape(stem)}*{PARTIAL}"):
-        rest.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- what is asked of the layers

@@ -1094,7 +1094,7 @@ def latents_and_embeddings_are_kept_for_later_runs():
             path.write_bytes(path.read_bytes()[:40])
         count = counts[0]
         assert go(a_run(steps=5)).losses[:3] == first.losses and counts[0] == count + 2
-    assert not list(second.store.folder.glob("*.part"))
+    assert not list(second.store.folder.glob("*.partial"))
 
 
 @check
