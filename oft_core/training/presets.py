@@ -14,7 +14,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "subject": {
         "target": "attention",
         "module_dropout": 0.2,
-        "weight_decay": 2.0,
+        "weight_decay": 1.0,
         "min_snr_gamma": 5.0,
         "caption_dropout": 0.0,
         "prior": "match",
@@ -30,7 +30,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "target": READING,
         "module_dropout": 0.2,
-        "weight_decay": 2.0,
+        "weight_decay": 1.0,
         "min_snr_gamma": 5.0,
         "caption_dropout": 0.0,
         "prior": "none",

@@ -993,7 +993,7 @@ def base_is_as_before_after_an_error():
 def presets_decide_what_is_not_given():
     of = a_set(class_prompt="a photo of a cat")
     plan = a_run(of=of).plan
-    assert (plan.oft.module_dropout, plan.settings.weight_decay, plan.settings.prior) == (0.2, 2.0, "match")
+    assert (plan.oft.module_dropout, plan.settings.weight_decay, plan.settings.prior) == (0.2, 1.0, "match")
     style = a_run(of=of, preset="style").plan
     assert (style.oft.module_dropout, style.settings.weight_decay, style.settings.prior) == (0.0, 0.01, "none")
     # What the settings node shows before anything is typed in means: by preset.
