@@ -528,14 +528,15 @@ GUIDE: dict[str, Method] = {
     "guide-block8": _guide(oft_block_size=8),
     "guide-block64": _guide(oft_block_size=64),
     "guide-block192": _guide(oft_block_size=192),
+    "guide-decay0.01": _guide(settings={"weight_decay": DECAY}),
+    "guide-decay3": _guide(settings={"weight_decay": 3.0}),
+    "guide-dropout0": _guide(module_dropout=0.0),
     "guide-cap10": _guide(angle_cap=10.0),
+    "guide-cap5": _guide(angle_cap=5.0),
     "guide-eps0.3": _guide(coft=True, eps=0.3),
+    "guide-eps0.1": _guide(coft=True, eps=0.1),
     "guide-style": _guide(preset="style"),
     "guide-fast": _guide(preset="fast"),
-    "guide-weight0.3": _weighted(0.3),
-    "guide-cap5": _guide(angle_cap=5.0),
-    "guide-eps0.1": _guide(coft=True, eps=0.1),
-    "guide-eps6e-05": _guide(coft=True, eps=6e-5),
 }
 # Table of docs/training.md -> head of its first column, and its rows: what is said there, variant, pictures.
 GUIDE_TABLES: dict[str, tuple[str, list[tuple[str, str, int]]]] = {
@@ -545,7 +546,6 @@ GUIDE_TABLES: dict[str, tuple[str, list[tuple[str, str, int]]]] = {
         "prior weight",
         [
             ("0 (none)", "guide-weight0", PICTURES),
-            ("0.3", "guide-weight0.3", PICTURES),
             ("1 (default)", "guide", PICTURES),
             ("3", "guide-weight3", PICTURES),
         ],
@@ -559,6 +559,15 @@ GUIDE_TABLES: dict[str, tuple[str, list[tuple[str, str, int]]]] = {
             ("192 (a whole layer)", "guide-block192", PICTURES),
         ],
     ),
+    "decay": (
+        "decay and dropout",
+        [
+            ("`weight_decay` 1, `module_dropout` 0.2 (default)", "guide", PICTURES),
+            ("`weight_decay` 0.01", "guide-decay0.01", PICTURES),
+            ("`weight_decay` 3", "guide-decay3", PICTURES),
+            ("`module_dropout` 0", "guide-dropout0", PICTURES),
+        ],
+    ),
     "limit": (
         "limit",
         [
@@ -567,7 +576,6 @@ GUIDE_TABLES: dict[str, tuple[str, list[tuple[str, str, int]]]] = {
             ("`angle` 5", "guide-cap5", PICTURES),
             ("`eps` 0.3", "guide-eps0.3", PICTURES),
             ("`eps` 0.1", "guide-eps0.1", PICTURES),
-            ("`eps` 0.00006 (PEFT's default)", "guide-eps6e-05", PICTURES),
         ],
     ),
     "preset": (

@@ -92,6 +92,7 @@ def files(models: Path, host: ComfyServer) -> dict[str, str]:
         "mixed": (make_oft(first, "in") | lora(second), None),
         "mixed_oft": (make_oft(first, "in"), None),
         "mixed_lora": (lora(second), None),
+        "narrow": (make_oft({"lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k": (32, 32)}, "in"), None),
         "flux": (make_oft({FAR: (3072, 3072)}, "in", 64), None),
         "nan": ({k: v * float("nan") for k, v in make_oft(first, "in").items()}, None),
     }
@@ -273,6 +274,19 @@ def test_packs_that_add_the_patches_themselves(
     assert (result == base).all() and "left to ComfyUI" in said
     turn(client, False)
     assert (picture(client, by_names(files["input"], 0.8)) == base).all()
+
+
+def test_a_pack_is_told_what_patches_of_packed_weights_cost(
+    client: Client, host: ComfyServer, files: dict[str, str]
+) -> None:
+    """Such packs can only have weight patches, which is not what Load OFT would choose there."""
+
+    def packed(g: Graph, parts: Parts) -> Parts:
+        return by_names(files["narrow"], 0.8)(g, Parts(g.Tiny_Packed(family="sd15")[0], parts.clip, parts.vae))
+
+    turn(client, True)
+    _, said = log_of(host, lambda: picture(client, packed))
+    assert "unpacked and patched in every step" in said, said
 
 
 def test_a_file_for_another_model_is_left_to_comfyui(
