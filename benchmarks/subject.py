@@ -2,6 +2,7 @@
 
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --grid        learning rates, on other subjects
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --minutes 60  the runs; goes on where it stopped
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --every-rate 6 --methods subject lora16-match
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --guide       the settings of docs/training.md
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --report docs tables and plots of what there is
 
@@ -772,6 +773,13 @@ def main_jobs(
     return out
 
 
+def rate_jobs(methods: Iterable[str], count: int, batch: int) -> list[Job]:
+    """Every learning rate of the methods on the first reported subjects: nothing is chosen by these."""
+    tried = [(m, lr) for m in methods if not isinstance(METHODS[m].grid, str) for lr in METHODS[m].grid]
+    names = [s.name for s in reported_subjects()[:count]]
+    return [Job("rates", m, lr, s, 0, STEPS, batch) for s in names for m, lr in tried]
+
+
 def guide_jobs(count: int) -> list[Job]:
     """All settings of the guide for its first subject, then for the next; none is a subject of the evaluation."""
     names = [s.name for s in reported_subjects()[SUBJECTS:]]
@@ -916,6 +924,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--grid", action="store_true", help="try learning rates on the subjects kept for it")
     parser.add_argument("--grid-subjects", type=int, default=2)
+    parser.add_argument("--every-rate", type=int, metavar="SUBJECTS", help="every rate on that many reported subjects")
     parser.add_argument("--guide", action="store_true", help="run the settings that docs/training.md compares")
     parser.add_argument("--guide-subjects", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60)
@@ -956,6 +965,8 @@ def main() -> None:
     lines = [x for x in read(results) if made_by(x) == (world.digest, space.digest)]
     if options.grid:
         stage, jobs = "grid", grid_jobs(options.methods, options.grid_subjects, options.batch)
+    elif options.every_rate:
+        stage, jobs = "rates", rate_jobs(options.methods, options.every_rate, options.batch)
     elif options.guide:
         stage, jobs = "guide", guide_jobs(options.guide_subjects)
     else:
@@ -965,7 +976,8 @@ def main() -> None:
         print("learning rates: " + ", ".join(f"{m} {rates[m]:g}" for m in options.methods))
         more = {"batch": options.batch, "pictures": options.pictures}
         jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, **more)
-    done = finished(x for x in lines if x["stage"] == stage)
+    alike = (stage, "main") if stage == "rates" else (stage,)  # one of the rates is the chosen one
+    done = finished(x for x in lines if x["stage"] in alike)
     judges: dict[tuple, Judge] = {}
     sheets = folder / "sheets"
     left = work_through(

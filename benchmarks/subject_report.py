@@ -312,7 +312,65 @@ def grid_table(lines: list[Line]) -> str:
     )
 
 
+def rate_groups(lines: list[Line]) -> dict[tuple[str, float], list[Line]]:
+    """(method, learning rate) -> runs, seed 0, on the subjects that every rate of every such method has."""
+    several = {x["method"] for x in lines if x["stage"] == "rates"}
+    out: dict[tuple[str, float], dict[str, Line]] = {}
+    for x in lines:
+        if x["method"] in several and x["seed"] == 0 and x["stage"] in ("rates", "main"):
+            out.setdefault((x["method"], x["lr"]), {})[x["subject"]] = x
+    shared = set.intersection(*map(set, out.values())) if out else set()
+    order = {m: i for i, m in enumerate(METHODS)}
+    keys = sorted(out, key=lambda k: (order[k[0]], k[1]))
+    return {k: [out[k][s] for s in sorted(shared)] for k in keys} if shared else {}
+
+
+def rate_table(groups: dict[tuple[str, float], list[Line]]) -> str:
+    rows = []
+    for (m, lr), some in groups.items():
+        cells = []
+        for level in LEVELS:
+            found = [r for r in (at_level(x, level) for x in some) if r]
+            means = [statistics.fmean(r[k] for r in found) for k in ("drift", "carried")] if found else []
+            said = " / ".join(f"{v:.2f}" for v in means) or "-"
+            cells += [f"{len(found)} of {len(some)}", said]
+        last = [(row_at(x, STEPS[-1]), x) for x in some]
+        means = [statistics.fmean(MEASURES[k][1](r, x) for r, x in last) for k in ("fidelity", "drift", "carried")]
+        rows.append([METHODS[m].label, f"{lr:g}", *cells, " / ".join(f"{v:.2f}" for v in means)])
+    head = [h for v in LEVELS for h in (f"reached {v:g}", f"drift / carried over at {v:g}")]
+    return _table(["method", "lr", *head, f"fidelity / drift / carried over after {STEPS[-1]} steps"], rows)
+
+
 # ---------------------------------------------------------------- plots
+
+
+def plot_rates(groups: dict[tuple[str, float], list[Line]], path: Path) -> None:
+    """Carrying over against drift at equal fidelity: a line for every method, a point for every learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(LEVELS), figsize=(11, 4.5), layout="constrained")
+    for m, (colour, style) in _colours(list(dict.fromkeys(m for m, _ in groups))).items():
+        for axis, level in zip(axes, LEVELS, strict=True):
+            points = []
+            for (of, lr), some in groups.items():
+                found = [r for r in (at_level(x, level) for x in some) if r]
+                if of == m and 2 * len(found) > len(some):
+                    points.append((lr, *(statistics.fmean(r[k] for r in found) for k in ("drift", "carried"))))
+            axis.plot(
+                [p[1] for p in points], [p[2] for p in points],
+                color=colour, linestyle=style, marker="o", label=METHODS[m].label,
+            )  # fmt: skip
+            for lr, x, y in points:
+                axis.annotate(f"{lr:g}", (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
+            axis.set(xlabel="drift of other captions", ylabel="carried over", title=f"at fidelity {level:g}")
+            axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=7.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def _colours(methods: list[str]) -> dict[str, tuple[str, str]]:
@@ -365,7 +423,8 @@ def plot(lines: list[Line], methods: list[str], steps: tuple[int, ...], path: Pa
         axis.grid(alpha=0.25)
         if x == "steps":
             axis.set_xscale("log")
-            axis.set_xticks(steps, [str(s) for s in steps])
+            few = [s for s in steps if s not in (15, 20, 35, 75)]
+            axis.set_xticks(few, [str(s) for s in few])
             axis.minorticks_off()
     axes[0, 0].legend(fontsize=7.5)
     figure.suptitle(title)
@@ -465,6 +524,11 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         out.append("### More pictures\n\n" + more)
     out.append("### Random planes, same angles\n\n" + control_table(main))
     out.append("### Geometry and time\n\n" + geometry_table(even, methods))
+    groups = rate_groups([x for x in lines if made_by(x) == made_by(main[0]) and x["pictures"] == PICTURES])
+    if groups:
+        plot_rates(groups, folder / "images" / "evaluation-rates.png")
+        count = len(next(iter(groups.values())))
+        out.append(f"### Every learning rate, {count} of the subjects, seed 0\n\n" + rate_table(groups))
     grid = [x for x in lines if x["stage"] == "grid" and made_by(x) == made_by(main[0])]
     if grid:
         out.append("### Learning rates\n\n" + grid_table(grid))
