@@ -229,6 +229,10 @@ class RotationBank:
             out[name.split("/", 1)[0]].append(p)
         return out
 
+    def saved(self) -> list[nn.Parameter]:
+        """The parameters of the modules trained whole: values, where all others are differences from the model."""
+        return [p for name, p in self.parameters.items() if "/saved/" in name]
+
     # ---------------------------------------------------------------- one step
 
     def begin_step(self, step: int = 0) -> None:

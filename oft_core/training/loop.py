@@ -36,7 +36,7 @@ class TrainSettings:
 
     steps: optimizer steps.   batch_size: pictures a forward.   accumulation: forwards a step.   lr: learning rate; part_lr: other
     ones for some parts, {"te1": 5e-5}.   optimizer: see ``optim.OPTIMIZERS``; optimizer_args: its own arguments.   schedule:
-    constant, linear or cosine, after ``warmup`` steps.   clip: largest gradient norm, 0 for none.   ema: decay of the running mean
+    constant, linear or cosine, after ``warmup`` steps.   weight_decay: back to the model as it was; not of ``modules_to_save``.   clip: largest gradient norm, 0 for none.   ema: decay of the running mean
     of the parameters, 0 for none.   prior: ``pictures`` of the class, or ``match`` (the frozen model's own prediction for class
     prompts), with ``prior_weight``.   loss_scale: for float16 models; halves itself when gradients overflow.   save_every,
     sample_every: steps, 0 for never.   keep: states on disk.
@@ -165,9 +165,14 @@ class Trainer:
         unknown = set(settings.part_lr) - set(bank.parts)
         if unknown:
             raise ConfigError("'part_lr' names parts that are not trained", found=sorted(unknown), expected=sorted(bank.parts))
-        groups = [
-            {"params": params, "lr": settings.part_lr.get(part, settings.lr)} for part, params in bank.groups().items() if params
-        ]
+        # Decay pulls what is learnt back to the model; of whole modules it would pull the model itself to zero.
+        saved, groups = set(map(id, bank.saved())), []
+        for part, params in bank.groups().items():
+            lr = settings.part_lr.get(part, settings.lr)
+            whole = [p for p in params if id(p) in saved]
+            groups += [{"params": [p for p in params if id(p) not in saved], "lr": lr}]
+            groups += [{"params": whole, "lr": lr, "weight_decay": 0.0}]
+        groups = [g for g in groups if g["params"]]
         # A part with learning rate 0 is not trained; optimizers refuse 0.
         self._frozen = [p for g in groups if g["lr"] == 0 for p in g["params"]]
         groups = [g for g in groups if g["lr"] > 0]

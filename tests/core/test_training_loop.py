@@ -75,7 +75,7 @@ class Rig:
         self.model = Denoiser()
         options = {"oft_block_size": 8, "target_modules": "all-linear", **(config or {})}
         oft = OFTConfig(**options)
-        te = OFTConfig(**{**options, "target_modules": ["text"]})
+        te = OFTConfig(**{**options, "target_modules": ["text"], "modules_to_save": None})
         oft.exclude_modules = ["text"]
         self.bank = RotationBank({"unet": (self.model, oft.select(self.model)), "te1": (self.model, te.select(self.model))}, seed=3)
         self.losses = []
@@ -565,6 +565,22 @@ def test_learning_rates_of_parts():
     assert moved["te1/rotation/8"] < 0.0101 and moved["unet/rotation/8"] > 0.03
     with pytest.raises(ConfigError, match="part_lr"):
         Rig(part_lr={"te9": 0.1})
+
+
+def test_decay_pulls_back_to_the_model_and_leaves_whole_modules():
+    def size(**more):
+        rig = Rig(steps=30, lr=0.003, config={"rescale": True, "bias": "oft_only", "modules_to_save": ["blocks.1.2"]}, **more)
+        before = {n: p.detach().clone() for n, p in rig.bank.parameters.items()}
+        rig.trainer.run()
+        return {n: float((p.detach() - before[n]).norm()) for n, p in rig.bank.parameters.items()}
+
+    free, held = size(weight_decay=0.0), size(weight_decay=30.0)
+    assert {n.split("/")[1] for n in free} == {"rotation", "scale", "bias", "saved"}
+    for name in free:
+        if "/saved/" in name:
+            assert 0.5 < held[name] / free[name] < 2, (name, held[name], free[name])
+        else:
+            assert held[name] < 0.8 * free[name], (name, held[name], free[name])
 
 
 def test_schedules():
