@@ -33,7 +33,7 @@ GUIDE_BEGIN, GUIDE_END = "<!-- guide: {} -->", "<!-- end of guide: {} -->"  # ar
 LONG_MEASURES = ("fidelity", "drift", "class_drift", "kept", "carried", "follow")
 LEVELS = (0.7, 0.85)  # of fidelity, at which methods are compared
 REFERENCE = "lora16"
-BESIDE = ("oft32", "oft32-match", "lora16", "lora16-match")  # shown again beside methods run on fewer subjects
+BESIDE = ("subject", "lora16", "lora16-match")  # shown again beside methods run on fewer subjects
 FEW = 6  # subjects; below that an interval would say nothing
 
 MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
@@ -68,11 +68,15 @@ def comparable(lines: Iterable[Line]) -> list[Line]:
     return [x for x in lines if made_by(x) == max(sorted(set(made)), key=made.count)]
 
 
-def widest(lines: list[Line]) -> tuple[list[str], list[str]]:
-    """The methods that were run on most (subject, seed) pairs, or all but the last of them; and the others."""
+def widest(lines: list[Line]) -> list[list[str]]:
+    """Methods that were run on equally many (subject, seed) pairs, or on one less: those with most pairs first."""
     count = {m: len({(x["subject"], x["seed"]) for x in lines if x["method"] == m}) for m in METHODS}
-    enough = max(count.values()) - 1
-    return [m for m in METHODS if count[m] >= max(enough, 1)], [m for m in METHODS if 0 < count[m] < enough]
+    left, out = [m for m in METHODS if count[m]], []
+    while left:
+        enough = max(count[m] for m in left) - 1
+        out.append([m for m in left if count[m] >= enough])
+        left = [m for m in left if count[m] < enough]
+    return out
 
 
 def longest(lines: Iterable[Line]) -> list[Line]:
@@ -478,7 +482,7 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     main = comparable(main)
     every = [x for x in every if made_by(x) == made_by(main[0])]
     digest = main[0]["weights"]
-    methods, fewer = widest(main)
+    methods, *fewer = widest(main)
     even = balanced(main, methods)
     pairs = {(x["subject"], x["seed"]) for x in even}
     seeds = sorted({s for _, s in pairs})
@@ -502,17 +506,19 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         folder / "images" / "evaluation.png",
         f"{len(names)} subjects, {len(pairs)} runs a method",
     )
-    if fewer:
-        shown = [m for m in METHODS if m in fewer or m in BESIDE and m in methods]
+    for variants in fewer:
+        shown = [m for m in METHODS if m in variants or m in BESIDE and m in methods]
         some = balanced(main, shown)
         if some:
-            title = f"### Variants, after {STEPS[-1]} steps, on the subjects that all of these have"
-            out.append(f"{title}\n\n{step_table(some, shown, STEPS[-1])}")
+            title = f"### Variants on {len({x['subject'] for x in some})} subjects"
+            said = f"After {STEPS[-1]} steps, and at equal fidelity {LEVELS[0]:g}:"
+            tables = [step_table(some, shown, STEPS[-1]), level_table(some, shown, LEVELS[0])]
+            out.append("\n\n".join([title, said, *tables]))
     subject = contact_sheet(even, sheets, folder / "images" / "evaluation-pictures.jpg", STEPS[-1])
     if subject:
         out.append(f"The pictures above are of the {subject}, after {STEPS[-1]} steps, seed 0.")
     long = [x for x in main if row_at(x, LONG_STEPS[-1])]
-    some = [m for m in methods if any(x["method"] == m for x in long)]
+    some = [m for m in METHODS if any(x["method"] == m for x in long)]
     long = balanced(long, some)
     if long:
         count = len({(x["subject"], x["seed"]) for x in long})
