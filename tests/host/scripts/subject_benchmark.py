@@ -402,13 +402,17 @@ def the_guide_is_written_from_its_runs() -> None:
 
 @check
 def methods_with_fewer_runs_do_not_shrink_the_others() -> None:
-    methods = ("oft32", "lora16")
-    jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 4, (0,), 0)
-    more = subject.main_jobs(("coft",), {"coft": 1e-3}, 2, (0,), 0)
-    text = subject_report.report([fake(j) for j in jobs + more], WORK / "fewer", WORK / "no sheets")
-    assert "8 runs: 2 methods on the same 4 pairs" in text and "; 0 runs without" in text
-    variants = text.split("### Variants")[1].split("###")[0]
-    assert subject.METHODS["coft"].label in variants and variants.count("| 2 |") == 3
+    methods = ("subject", "lora16")
+    jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 6, (0,), 0)
+    jobs += subject.main_jobs(("coft",), {"coft": 1e-3}, 2, (0,), 0)
+    jobs += subject.main_jobs(("lora4",), {"lora4": 1e-3}, 4, (0,), 0)
+    text = subject_report.report([fake(j) for j in jobs], WORK / "fewer", WORK / "no sheets")
+    assert "12 runs: 2 methods on the same 6 pairs" in text and "; 0 runs without" in text
+    first, second = (part.split("###")[0] for part in text.split("### Variants")[1:])
+    for part, count, method, other in ((first, 4, "lora4", "coft"), (second, 2, "coft", "lora4")):
+        assert part.startswith(f" on {count} subjects") and subject.METHODS[other].label not in part
+        assert subject.METHODS[method].label in part and part.count(f"| {count} |") == 3
+        assert part.count(f"{count} of {count}") == 3
 
 
 @check
