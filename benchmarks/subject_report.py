@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def balanced(lines: Iterable[Line], methods: Iterable[str]) -> list[Line]:
 def comparable(lines: Iterable[Line]) -> list[Line]:
     """The lines of those weights and that encoder that most have."""
     lines = list(lines)
-    made = [made_by(x) for x in lines]  # an empty list stays one
-    return [x for x in lines if made_by(x) == max(sorted(set(made)), key=made.count)]
+    most = Counter(map(made_by, lines)).most_common(1)
+    return [x for x in lines if made_by(x) == most[0][0]]
 
 
 def widest(lines: list[Line]) -> list[list[str]]:
