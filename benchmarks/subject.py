@@ -156,7 +156,7 @@ class World:
         texts = sorted(texts | {c.name for c in concepts()} | set(more))
         self.number = {"": 0, **{text: i + 1 for i, text in enumerate(texts)}}
         self.captions = Captions(texts)
-        self.layers = [c.name for c in OFTConfig().select(self.network.core).layers]
+        self.layers = self.choose("attention")
 
     def encode(self, pictures: Tensor) -> Tensor:
         """[N, 3, 64, 64] in 0..1 -> latents [N, 16, 8, 8]."""
@@ -207,6 +207,10 @@ class World:
         finally:
             for name, weight in before.items():
                 self.network.core.get_submodule(name).weight.data = weight
+
+    def choose(self, target: str) -> list[str]:
+        """Names of the layers that one of the engine's presets means."""
+        return [c.name for c in OFTConfig(target_modules=target).select(self.network.core).layers]
 
     def effective(self, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The layers' weights as their forwards act now (answers to unit vectors, no bias); of the attention
@@ -403,15 +407,16 @@ class Rival:
         return {}
 
 
-def _lora(rank: int, match: bool = False, **more: Any) -> Callable[[World, Task, float], Rival]:
+def _lora(
+    rank: int, match: bool = False, target: str = "attention", **more: Any
+) -> Callable[[World, Task, float], Rival]:
     def make(world: World, task: Task, lr: float) -> Rival:
         from peft import LoraConfig
 
         torch.manual_seed(task.seed)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(world.layers))
-        method = peft_method(
-            SimpleNamespace(model=world.network.core, targets=world.layers), f"LoRA {rank}", config
-        )
+        layers = world.choose(target)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+        method = peft_method(SimpleNamespace(model=world.network.core, targets=layers), f"LoRA {rank}", config)
         return Rival(world, task, lr, method, match, **more)
 
     return make
@@ -483,6 +488,8 @@ class Method:
     grid: tuple[float, ...] | str
 
 
+RATE, BLOCK = 1e-3, 32  # as Train OFT comes
+TEXT_LAYERS = "text-attention"
 OFT_RATES, LORA_RATES, WEIGHT_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
 METHODS: dict[str, Method] = {
     "oft32": Method("OFT b32 (ours)", _ours(oft_block_size=32), OFT_RATES),
@@ -493,10 +500,18 @@ METHODS: dict[str, Method] = {
         "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32-match"
     ),
     "subject": Method("OFT b32, preset subject (ours)", _preset("subject", oft_block_size=32), OFT_RATES),
-    "default": Method("Train OFT as it comes (ours)", _preset("subject", oft_block_size=32), (1e-3,)),
+    "default": Method("Train OFT as it comes (ours)", _preset("subject", oft_block_size=32), (RATE,)),
+    "subject-text": Method(
+        "OFT b32, preset subject, text attention (ours)",
+        _preset("subject", oft_block_size=32, target_modules=TEXT_LAYERS),
+        OFT_RATES,
+    ),
     "lora4": Method("LoRA rank 4 (PEFT)", _lora(4), LORA_RATES),
     "lora16": Method("LoRA rank 16 (PEFT)", _lora(16), LORA_RATES),
     "lora16-match": Method("LoRA rank 16 + prior match", _lora(16, match=True), LORA_RATES),
+    "lora16-text": Method(
+        "LoRA rank 16 + prior match, text attention", _lora(16, match=True, target=TEXT_LAYERS), LORA_RATES
+    ),
     "lora16-decay": Method(
         "LoRA rank 16 + prior match, the preset's decay",
         _lora(16, match=True, weight_decay=TRAIN_PRESETS["subject"]["weight_decay"]),
@@ -510,7 +525,6 @@ CONTROL = "oft32"  # the method whose rotations are also tried with random plane
 # The settings of docs/training.md: Train OFT's defaults, and one thing changed at a time.
 GUIDE_STEPS = (100, 200, 400, 800)
 GUIDE_PICTURES = (10, 20)  # beside PICTURES, with the defaults
-RATE, BLOCK = 1e-3, 32
 
 
 def _guide(lr: float = RATE, preset: str = "subject", **changed: Any) -> Method:
@@ -536,6 +550,7 @@ GUIDE: dict[str, Method] = {
     "guide-cap5": _guide(angle_cap=5.0),
     "guide-eps0.3": _guide(coft=True, eps=0.3),
     "guide-eps0.1": _guide(coft=True, eps=0.1),
+    "guide-text": _guide(target_modules=TEXT_LAYERS),
     "guide-style": _guide(preset="style"),
     "guide-fast": _guide(preset="fast"),
 }
@@ -581,7 +596,10 @@ GUIDE_TABLES: dict[str, tuple[str, list[tuple[str, str, int]]]] = {
     ),
     "preset": (
         "preset",
-        [(f"`{n}`", "guide" if n == "subject" else f"guide-{n}", PICTURES) for n in TRAIN_PRESETS],
+        [
+            *((f"`{n}`", "guide" if n == "subject" else f"guide-{n}", PICTURES) for n in TRAIN_PRESETS),
+            (f"`subject`, `{TEXT_LAYERS}`", "guide-text", PICTURES),
+        ],
     ),
 }
 

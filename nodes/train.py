@@ -27,7 +27,7 @@ TIPS = {
     "dataset": "The pictures and captions, from OFT Dataset.",
     "preset": (
         "subject: attention layers; keeps the class if the dataset has a class prompt. style: also the "
-        "feed-forward layers, and captions are left out now and then. fast: only some attention layers."
+        "feed-forward layers, and captions are left out now and then. fast: only what attention takes from the text."
     ),
     "steps": "Training steps. For a subject about 100 for every picture, at least 400.",
     "learning_rate": "How far every step goes. The default suits every block size.",
@@ -61,8 +61,8 @@ TIPS = {
 CONFIG_TIPS = {
     "module_dropout": "Share of the blocks that stay at identity during a training step, chosen anew each step. -1 by preset.",
     "target_modules": (
-        "Which layers, instead of the preset's: 'attention', 'attention+ff', 'all-linear', names separated by "
-        "commas, or a regular expression over whole names. Empty: by preset."
+        "Which layers, instead of the preset's: 'attention', 'text-attention' (only what attention takes from the text), "
+        "'attention+ff', 'all-linear', names separated by commas, or a regular expression over whole names. Empty: by preset."
     ),
     "exclude_modules": "Layers to leave out: names separated by commas, or a regular expression.",
     "conv_modules": "Convolutions to train as well: 'all-conv', names, or a regular expression. Empty: none.",

@@ -13,8 +13,11 @@ from torch import nn
 from .errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-#: Layers to train by name, as regular expressions over module names of ComfyUI, diffusers and transformers models.
+#: Layers to train by name, as regular expressions over module names of ComfyUI, diffusers and transformers models. text-attention:
+#: what attention takes from the text: keys and values of cross-attention (the layers of Custom Diffusion, Kumari et al. 2023,
+#: arXiv 2212.04488), or the text's own projections where text and picture attend jointly (SD3, Flux, Qwen-Image).
 PRESETS: dict[str, str] = {
+    "text-attention": r"(.*\.)?(attn2\.to_[kv]|(context_block\.attn|txt_attn)\.(qkv|proj)|add_[qkv]_proj|to_add_out)",
     "attention": (
         r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
         r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear1)"
@@ -24,6 +27,8 @@ PRESETS: dict[str, str] = {
         r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear[12]|ff\.net\.(0\.proj|2)|(img_mlp|txt_mlp)\.[02]|mlp\.fc[12])"
     ),
 }
+#: Preset -> what is taken for a model without such layers.
+WIDER = {"text-attention": "attention"}
 
 
 def _option(text: str, **limits: object) -> dict[str, object]:
@@ -62,7 +67,8 @@ class OFTConfig:
         default="attention",
         metadata=_option(
             "Which layers: a list of names (a layer whose name is or ends with one of them), a regular "
-            "expression over the whole name, 'all-linear', or one of the presets 'attention' and "
+            "expression over the whole name, 'all-linear', or one of the presets 'text-attention' (what "
+            "attention takes from the text; all attention where a model has no such layers), 'attention' and "
             "'attention+ff'.",
         ),
     )
@@ -274,6 +280,11 @@ class OFTConfig:
 
         Raises ConfigError if nothing matches, or if a chosen layer is of a kind that cannot be rotated.
         """
+        target = self.target_modules
+        wider = WIDER.get(target) if isinstance(target, str) else None
+        if wider and not any(re.fullmatch(PRESETS[target], name) for name, _ in model.named_modules()):
+            note = f"This model has no layers for '{target}': '{wider}' is trained."
+            return dataclasses.replace(dataclasses.replace(self, target_modules=wider).select(model), config=self, note=note)
         chosen: list[LayerChoice] = []
         skipped: dict[str, str] = {}
         attention_children = _projections_of_attention(model)
@@ -401,13 +412,17 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Selection:
-    """What of one model is trained: rotated layers, modules trained whole, biases; and what was left out, with the reason."""
+    """What of one model is trained: rotated layers, modules trained whole, biases; and what was left out, with the reason.
+
+    note: where other layers were taken than those asked for; empty otherwise.
+    """
 
     config: OFTConfig
     layers: list[LayerChoice]
     skipped: dict[str, str]
     modules_to_save: list[str]
     biases: list[str]
+    note: str = ""
 
     @property
     def parameters(self) -> int:
@@ -428,6 +443,8 @@ class Selection:
             sizes[c.block] = sizes.get(c.block, 0) + 1
         blocks = ", ".join(f"{n} with blocks of {b}" for b, n in sorted(sizes.items()))
         yield f"{len(self.layers)} layers ({blocks}), {self.parameters:,} parameters"
+        if self.note:
+            yield self.note
         changed: dict[tuple[float, int, int], list[str]] = {}
         for c in self.adjusted():
             changed.setdefault((c.wanted, c.block, c.length), []).append(c.name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Layers that read the text (cross-attention keys and values), and the fused projections of models without cross-attention.
-READING = r"(.*\.)?(attn2\.to_[kv]|(img_attn|txt_attn|attn)\.qkv|single_blocks\.\d+\.linear1)"
 #: target: what ``OFTConfig.target_modules`` takes.  module_dropout: as in ``OFTConfig``.  weight_decay: as in ``TrainSettings``;
 #: how far a plane turns ends where decay and gradient balance, at any learning rate, so a long training does not wander off.
 #: min_snr_gamma: for eps and v models only.  caption_dropout: as in ``Objective``.  prior: as in ``TrainSettings``; it needs a
@@ -28,7 +26,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "prior": "none",
     },
     "fast": {
-        "target": READING,
+        "target": "text-attention",
         "module_dropout": 0.2,
         "weight_decay": 1.0,
         "min_snr_gamma": 5.0,

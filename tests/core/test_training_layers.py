@@ -652,9 +652,43 @@ def test_presets_know_the_families(names):
 
     from oft_core.training import PRESETS
 
-    for preset in PRESETS.values():
-        assert all(re.fullmatch(preset, n) for n in names)
+    for label, preset in PRESETS.items():
+        if label != "text-attention":
+            assert all(re.fullmatch(preset, n) for n in names)
         assert not any(re.fullmatch(preset, n) for n in ("time_embed.0", "out.2", "blocks.0.norm1", "x.proj_in", "final_layer.linear"))
+
+
+@pytest.mark.parametrize(
+    ("text", "picture"),
+    [
+        (["b.attn2.to_k", "b.attn2.to_v"], ["b.attn1.to_k", "b.attn2.to_q", "b.attn2.to_out.0"]),
+        (["double_blocks.0.txt_attn.qkv", "double_blocks.0.txt_attn.proj"], ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]),
+        (["joint_blocks.0.context_block.attn.qkv"], ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.attn2.qkv"]),
+        (["transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_add_out"], ["transformer_blocks.0.attn.to_k"]),
+    ],
+    ids=["cross-attention", "flux", "sd3", "diffusers"],
+)
+def test_text_attention_is_what_the_text_passes(text, picture):
+    """The layers on real models: `text_attention_is_where_the_text_goes` in the host's checks."""
+    model = nn.Module()
+    for name in text + picture:
+        where = model
+        for part in name.split(".")[:-1]:
+            where.add_module(part, where.get_submodule(part) if part in dict(where.named_children()) else nn.Module())
+            where = where.get_submodule(part)
+        where.add_module(name.split(".")[-1], nn.Linear(8, 8))
+    selection = OFTConfig(oft_block_size=4, target_modules="text-attention").select(model)
+    assert {c.name for c in selection.layers} == set(text) and not selection.note
+
+
+def test_a_model_without_layers_for_the_text_is_trained_in_all_of_its_attention_and_that_is_said():
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)}), "mlp": nn.Linear(8, 8)})
+    config = OFTConfig(oft_block_size=4, target_modules="text-attention")
+    selection = config.select(model)
+    assert {c.name for c in selection.layers} == {"attn.qkv", "attn.proj"}
+    assert selection.config is config and "no layers for 'text-attention'" in selection.report()
+    with pytest.raises(ConfigError, match="No layer"):
+        config.select(nn.ModuleDict({"mlp": nn.Linear(8, 8)}))
 
 
 def test_state_of_another_selection_is_refused():

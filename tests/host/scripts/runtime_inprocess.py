@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 if "comfyui_oft" in sys.modules:
     import comfy.hooks
+    import comfy.lora
     import comfy.model_management as management
     import comfy.model_patcher
     import comfy.ops
@@ -30,7 +31,7 @@ if "comfyui_oft" in sys.modules:
     import folder_paths
     import gguf_layers
     import torch
-    from comfyui_oft.nodes import host, layers, runtime
+    from comfyui_oft.nodes import everywhere, folders, host, layers, runtime
     from comfyui_oft.oft_core import AdapterError, ReadOptions, Strength, read_tensors
 
     CPU = torch.device("cpu")
@@ -962,6 +963,33 @@ def weights_that_no_patch_reaches():
     patcher, *_ = quantised("bitsandbytes")
     text = raises(AdapterError, lambda: on_net(patcher, net_tensors("in"), "weights"))
     assert "runtime" in text and "Params4bit" in text, text
+
+
+@check
+def packs_that_patch_by_name_are_refused_what_no_patch_reaches():
+    """Through `comfy.lora.load_lora`, where nothing but weight patches can be given back."""
+    import bitsandbytes as bnb
+
+    model = families.make_model("sd15")
+    key = next(k for k in shapes_of(model) if isinstance(model.model.get_submodule(k[:-7]), torch.nn.Linear))
+    tensors = tensors_for({key: shapes_of(model)[key]}, "in")
+    folders.register()
+    everywhere.turn(True)
+    try:
+        table = comfy.lora.model_lora_keys_unet(model.model, {})
+        assert set(comfy.lora.load_lora(tensors, table)) == {key}
+        parent, _, leaf = key[:-7].rpartition(".")
+        plain = getattr(model.model.get_submodule(parent), leaf)
+        packed = bnb.nn.Linear4bit(plain.in_features, plain.out_features, plain.bias is not None, quant_type="nf4")
+        packed.load_state_dict(plain.state_dict())
+        packed = packed.to("cpu")
+        packed(torch.zeros(1, plain.in_features))
+        setattr(model.model.get_submodule(parent), leaf, packed)
+        table = comfy.lora.model_lora_keys_unet(model.model, {})
+        text = raises(AdapterError, lambda: comfy.lora.load_lora(tensors, table))
+    finally:
+        everywhere.turn(False)
+    assert "cannot be patched" in text and "Params4bit" in text, text
 
 
 @check

@@ -45,6 +45,7 @@ if "comfyui_oft" in sys.modules:
     from comfyui_oft.oft_core.errors import FormatError
     from comfyui_oft.oft_core.training import (
         ConfigError,
+        OFTConfig,
         Trainer,
         TrainingError,
     )
@@ -1003,6 +1004,41 @@ def presets_decide_what_is_not_given():
     assert left == plan
     own = a_run(of=of, config={"module_dropout": 0.0, "weight_decay": 0.0}).plan
     assert (own.oft.module_dropout, own.settings.weight_decay) == (0.0, 0.0)
+
+
+@check
+def text_attention_is_where_the_text_goes():
+    """Exactly those attention layers that get as many tokens as the text has, and nothing but them, in every family."""
+    def tokens_of(run, layers):
+        """Layer -> tokens that it gets in one forward; and the text's tokens."""
+        seen, length = {}, []
+
+        def note(name):
+            return lambda module, args: seen.update({name: args[0].shape[-2]})
+
+        def context(module, args, named):
+            length.append((named["context"] if named.get("context") is not None else args[2]).shape[1])
+
+        net = run.host.net
+        hooks = [net.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+        hooks.append(net.register_forward_pre_hook(context, with_kwargs=True))
+        record = next(iter(run.dataset.records))
+        with train_mode.training_mode(), torch.no_grad():
+            run.host.predict(run.objective.noised(run.host.load_batch([record]).latents, 0, 0, [0]), [record])
+        for hook in hooks:
+            hook.remove()
+        assert set(seen) == layers, layers - set(seen)
+        return seen, length[0]
+
+    for family in ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux"):
+        fresh_user()
+        run = a_run(family, config={"target_modules": "text-attention"}, steps=1)
+        go(run)
+        chosen = {c.name for c in run.bank.parts[train_host.UNET][1].layers}
+        whole = {c.name for c in OFTConfig().select(run.host.net).layers}
+        seen, length = tokens_of(run, whole)
+        assert chosen == {n for n, tokens in seen.items() if tokens == length}, (family, chosen, seen, length)
+        assert chosen and chosen < whole
 
 
 @check
