@@ -35,6 +35,9 @@ LONG_MEASURES = ("fidelity", "drift", "class_drift", "kept", "carried", "follow"
 LEVELS = (0.7, 0.85)  # of fidelity, at which methods are compared
 REFERENCE = "lora16"
 BESIDE = ("subject", "lora16", "lora16-match")  # shown again beside methods run on fewer subjects
+# In the plots; the tables have every method. More lines could not be told apart.
+OURS_PLOTTED = ("oft32", "oft32-match", "subject", "default", "subject-text")
+THEIRS_PLOTTED = ("lora16", "lora16-match", "lora16-text", "core", "lycoris")
 FEW = 6  # subjects; below that an interval would say nothing
 
 MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
@@ -379,14 +382,11 @@ def plot_rates(groups: dict[tuple[str, float], list[Line]], path: Path) -> None:
 
 
 def _colours(methods: list[str]) -> dict[str, tuple[str, str]]:
-    ours = ("#0b5394", "#3d85c6", "#6fa8dc", "#351c75", "#8e7cc3", "#45818e")
-    theirs = ("#cc0000", "#e69138", "#f1a7c0", "#6aa84f", "#7f6000")
-    out: dict[str, tuple[str, str]] = {}
-    for m in methods:
-        own = "(ours)" in METHODS[m].label
-        group = [x for x in out if ("(ours)" in METHODS[x].label) == own]
-        out[m] = (ours if own else theirs)[len(group)], "-" if own else "--"
-    return out
+    """Method -> colour and line, for those of the methods that are plotted; a method always has the same."""
+    ours = zip(OURS_PLOTTED, ("#6fa8dc", "#3d85c6", "#0b5394", "#45818e", "#351c75"), strict=True)
+    theirs = zip(THEIRS_PLOTTED, ("#cc0000", "#e69138", "#f1a7c0", "#6aa84f", "#7f6000"), strict=True)
+    looks = {m: (colour, "-") for m, colour in ours} | {m: (colour, "--") for m, colour in theirs}
+    return {m: look for m, look in looks.items() if m in methods}
 
 
 def _mean_at(lines: list[Line], method: str, measure: str, step: int) -> float:

@@ -309,7 +309,12 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
         _tell(adapter, rest, "as patches for another pack")
         found: dict[Any, Any] = {}
         for side in sides:
-            for note in host.runtime_notes(side, placed.patches[side.name], runtime.WEIGHTS):
+            try:
+                notes = host.runtime_notes(side, placed.patches[side.name], runtime.WEIGHTS)
+            except AdapterError as error:
+                error.file, error.hint = adapter.path, "This loader can only patch weights. Use Load OFT."
+                raise
+            for note in notes:
                 log.info("OFT everywhere: %s", note)
             mine = [patch for patch, _ in placed.patches[side.name]]
             dictionaries, keeper = host.make_patches(side, mine, full.mode, full.coft)
