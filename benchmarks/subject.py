@@ -467,7 +467,7 @@ def _ours(
     return make
 
 
-def _preset(
+def preset_method(
     name: str, prior: str | None = None, settings: dict[str, Any] | None = None, **config: Any
 ) -> Callable[[World, Task, float], Ours]:
     """As Train OFT does with one of its presets and a class prompt.   prior, settings, config: what is changed."""
@@ -499,11 +499,11 @@ METHODS: dict[str, Method] = {
     "oft32-pictures": Method(
         "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32-match"
     ),
-    "subject": Method("OFT b32, preset subject (ours)", _preset("subject", oft_block_size=32), OFT_RATES),
-    "default": Method("Train OFT as it comes (ours)", _preset("subject", oft_block_size=32), (RATE,)),
+    "subject": Method("OFT b32, preset subject (ours)", preset_method("subject", oft_block_size=32), OFT_RATES),
+    "default": Method("Train OFT as it comes (ours)", preset_method("subject", oft_block_size=32), (RATE,)),
     "subject-text": Method(
         "OFT b32, preset subject, text attention (ours)",
-        _preset("subject", oft_block_size=32, target_modules=TEXT_LAYERS),
+        preset_method("subject", oft_block_size=32, target_modules=TEXT_LAYERS),
         OFT_RATES,
     ),
     "lora4": Method("LoRA rank 4 (PEFT)", _lora(4), LORA_RATES),
@@ -528,7 +528,7 @@ GUIDE_PICTURES = (10, 20)  # beside PICTURES, with the defaults
 
 
 def _guide(lr: float = RATE, preset: str = "subject", **changed: Any) -> Method:
-    return Method("", _preset(preset, **{"oft_block_size": BLOCK, **changed}), (lr,))
+    return Method("", preset_method(preset, **{"oft_block_size": BLOCK, **changed}), (lr,))
 
 
 def _weighted(weight: float) -> Method:

@@ -27,6 +27,8 @@ from subject import (
     sheet_name,
 )
 
+from oft_core.atomic import atomically
+
 Line = dict[str, Any]
 Row = dict[str, float]
 BEGIN, END = "<!-- tables of benchmarks/subject.py -->", "<!-- end of the tables -->"
@@ -156,7 +158,7 @@ def compared(differences: list[float]) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)])
 
 
@@ -175,7 +177,7 @@ def step_table(lines: list[Line], methods: list[str], step: int) -> str:
             for _, f in MEASURES.values()
         ]
         rows.append([METHODS[m].label, f"{mine[0]['lr']:g}", *cells, str(len({x["subject"] for x in mine}))])
-    return _table(["method", "lr", *(name for name, _ in MEASURES.values()), "subjects"], rows)
+    return markdown(["method", "lr", *(name for name, _ in MEASURES.values()), "subjects"], rows)
 
 
 def level_table(lines: list[Line], methods: list[str], level: float) -> str:
@@ -206,7 +208,7 @@ def level_table(lines: list[Line], methods: list[str], level: float) -> str:
         "drift − LoRA 16",
         "carried over − LoRA 16",
     ]
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def long_table(lines: list[Line], methods: list[str]) -> str:
@@ -227,7 +229,7 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
         rows.append([METHODS[m].label, spread(best.values()), *cells, str(len(best))])
     head = ["method", "best fidelity"]
     head += [f"{MEASURES[n][0]} {s}" for n in LONG_MEASURES for s in (200, last)]
-    return _table([*head, "subjects"], rows)
+    return markdown([*head, "subjects"], rows)
 
 
 def pictures_table(lines: list[Line]) -> str:
@@ -250,7 +252,7 @@ def pictures_table(lines: list[Line]) -> str:
                 cells.append(" / ".join(f"{v:.2f}" for v in means))
             rows.append([METHODS[m].label, str(pictures), str(batch), *cells, str(len(some))])
     steps = (f"fidelity / drift / carried over at {s}" for s in (100, 200, 400))
-    return _table(["method", "pictures", "batch", *steps, "runs"], rows) if rows else ""
+    return markdown(["method", "pictures", "batch", *steps, "runs"], rows) if rows else ""
 
 
 def control_table(lines: list[Line]) -> str:
@@ -278,7 +280,7 @@ def control_table(lines: list[Line]) -> str:
         "angle (root mean square, °)",
         "subjects",
     ]
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def geometry_table(lines: list[Line], methods: list[str]) -> str:
@@ -291,7 +293,7 @@ def geometry_table(lines: list[Line], methods: list[str]) -> str:
         angles = f"{max(r['angle_max'] for r in own):.0f}" if own else "-"
         seconds = [x["train_cpu_seconds"] / x["rows"][-1]["step"] * 1000 for x in _of(lines, m)]
         rows.append([METHODS[m].label, f"{gram:.1e}", error, angles, f"{statistics.median(seconds):.0f}"])
-    return _table(
+    return markdown(
         ["method", "largest change of W Wᵀ", "largest error of RᵀR = I", "largest angle, °", "ms of a step"],
         rows,
     )
@@ -315,7 +317,7 @@ def grid_table(lines: list[Line]) -> str:
                 cells.append(f"{fidelity:.2f} / {statistics.fmean(r['drift'] for r, _ in at):.2f}")
             mean = statistics.fmean(b for b, _ in best)
             rows.append([METHODS[m].label, f"{lr:g}", *cells, f"{mean:.2f}", str(len(some))])
-    return _table(
+    return markdown(
         ["method", "lr", *(f"fidelity / drift at {s}" for s in GRID_STEPS), "best balance", "subjects"], rows
     )
 
@@ -346,7 +348,7 @@ def rate_table(groups: dict[tuple[str, float], list[Line]]) -> str:
         means = [statistics.fmean(MEASURES[k][1](r, x) for r, x in last) for k in ("fidelity", "drift", "carried")]
         rows.append([METHODS[m].label, f"{lr:g}", *cells, " / ".join(f"{v:.2f}" for v in means)])
     head = [h for v in LEVELS for h in (f"reached {v:g}", f"drift / carried over at {v:g}")]
-    return _table(["method", "lr", *head, f"fidelity / drift / carried over after {STEPS[-1]} steps"], rows)
+    return markdown(["method", "lr", *head, f"fidelity / drift / carried over after {STEPS[-1]} steps"], rows)
 
 
 # ---------------------------------------------------------------- plots
@@ -556,7 +558,7 @@ def guide(lines: list[Line]) -> dict[str, str]:
         cells = [[said, *_guide_row([x for x in some if x["subject"] in shared])] for said, some in rows]
         columns = [f"fidelity / drift at {s}" for s in GUIDE_STEPS]
         more = [f"{what} at {GUIDE_STEPS[-1]}" for what in ("leak", "class drift", "carried over", "follows")]
-        table = _table([head, *columns, *more, "largest angle", "ms of a step"], cells)
+        table = markdown([head, *columns, *more, "largest angle", "ms of a step"], cells)
         count = "Mean of" if len(shared) > 1 else "From"
         digest = rows[0][1][0]["weights"]
         out[name] = f"{table}\n\n({count} {', '.join(sorted(shared))}; weights {digest}.)"
@@ -578,7 +580,7 @@ def _guide_row(lines: list[Line]) -> list[str]:
     ]
 
 
-def _between(path: Path, text: str, begin: str, end: str, new: str) -> str:
+def between(path: Path, text: str, begin: str, end: str, new: str) -> str:
     """`text` with `new` between two marks. Raises ValueError naming the file where they are missing."""
     if begin not in text or end not in text.split(begin)[1]:
         raise ValueError(f"{path}: the marks '{begin}' and '{end}' are missing")
@@ -586,10 +588,8 @@ def _between(path: Path, text: str, begin: str, end: str, new: str) -> str:
     return f"{before}{begin}\n{new}\n{end}{rest.split(end, 1)[1]}"
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
+def put(path: Path, text: str) -> None:
+    atomically(path, lambda part: Path(part).write_text(text, "utf-8"))
     print(f"written: {path}")
 
 
@@ -600,11 +600,11 @@ def write(lines: list[Line], folder: Path, sheets: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.md"
     text = path.read_text("utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
-    _replace(path, _between(path, text, BEGIN, END, report(lines, folder, sheets)))
+    put(path, between(path, text, BEGIN, END, report(lines, folder, sheets)))
     path = folder / "training.md"
     tables = guide(lines)
     if tables and path.is_file():
         text = path.read_text("utf-8")
         for name, table in tables.items():
-            text = _between(path, text, GUIDE_BEGIN.format(name), GUIDE_END.format(name), table)
-        _replace(path, text)
+            text = between(path, text, GUIDE_BEGIN.format(name), GUIDE_END.format(name), table)
+        put(path, text)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import subject
 import subject_metrics as metrics
 import subject_report
+import subject_selectivity as selectivity
 import torch
 from torch import Tensor
 
@@ -425,6 +426,33 @@ def every_method_fits_into_one_report() -> None:
     looks = subject_report._colours(list(subject.METHODS))
     assert len(set(looks.values())) == len(looks) == 10
     assert subject_report._colours(["core", "coft"]) == {"core": looks["core"]}
+
+
+@check
+def a_change_reaches_whom_it_is_for() -> None:
+    before = torch.eye(4)
+    own, other = torch.eye(4)[:1].repeat(3, 1), torch.eye(4)[1:2]
+    after = before.clone()
+    after[:, 0] *= 1.5
+    assert selectivity.reach(before, before, own) == 0
+    assert abs(selectivity.reach(before, after, own) - 0.5) < 1e-6 and selectivity.reach(before, after, other) == 0
+    given = selectivity.inputs(WORLD, ["owl", "castle"])
+    assert set(given) == set(WORLD.layers)
+    # Three noise levels: 16 patches of the picture each, and the text with its end mark in steps of four.
+    assert {x.shape[0] for n, x in given.items() if "x_block" in n} == {3 * 2 * 16}
+    assert {x.shape[0] for n, x in given.items() if "context_block" in n} == {3 * 2 * 4}
+    weights = WORLD.effective()
+    louder = {n: w * (1.5 if "context" in n else 2.0) for n, w in weights.items()}
+    for stream, amount in (("context_block", 0.5), ("x_block", 1.0)):
+        found = selectivity.reaches(weights, louder, {"own": given}, stream)
+        assert abs(found["own"] - amount) < 1e-4, found
+    steps, selectivity.STEPS = selectivity.STEPS, 2
+    try:
+        rows = selectivity.measured(WORLD, 1, dict.fromkeys(selectivity.METHODS, RATE))
+    finally:
+        selectivity.STEPS = steps
+    assert len(rows) == len(selectivity.METHODS) + len(selectivity.BLOCKS)
+    assert all(float(row[2]) > 0 for row in rows) and len({len(row) for row in rows}) == 1
 
 
 @check
