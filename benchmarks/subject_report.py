@@ -40,6 +40,7 @@ BESIDE = ("subject", "lora16", "lora16-match")  # shown again beside methods run
 # In the plots; the tables have every method. More lines could not be told apart.
 OURS_PLOTTED = ("oft32", "oft32-match", "subject", "default", "subject-text")
 THEIRS_PLOTTED = ("lora16", "lora16-match", "lora16-text", "core", "lycoris")
+COMPARED = ("drift", "carried", "follow")  # with REFERENCE, subject by subject
 FEW = 6  # subjects; below that an interval would say nothing
 
 MEASURES: dict[str, tuple[str, Callable[[Row, Line], float]]] = {
@@ -195,7 +196,7 @@ def level_table(lines: list[Line], methods: list[str], level: float) -> str:
         for name in names:
             values = per_subject(mine, lambda x, n=name: (at_level(x, level) or {}).get(n))
             cells.append(spread(values.values()))
-            if name in ("drift", "carried"):
+            if name in COMPARED:
                 both = [values[s] - reference[name][s] for s in values if s in reference[name]]
                 differences.append("-" if m == REFERENCE or not both else compared(both))
         step = f"{statistics.median(reached.values()):.0f}" if reached else "-"
@@ -205,8 +206,7 @@ def level_table(lines: list[Line], methods: list[str], level: float) -> str:
         "reached by",
         "step (median)",
         *(MEASURES[n][0] for n in names),
-        "drift − LoRA 16",
-        "carried over − LoRA 16",
+        *(f"{MEASURES[n][0]} − LoRA 16" for n in COMPARED),
     ]
     return markdown(head, rows)
 
