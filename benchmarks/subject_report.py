@@ -457,7 +457,8 @@ def contact_sheet(lines: list[Line], sheets: Path, path: Path, step: int) -> str
             found.setdefault(x["subject"], {})[METHODS[x["method"]].label] = (file, row)
     if not found:
         return None
-    subject, rows = max(found.items(), key=lambda item: len(item[1]))
+    subject, unsorted = max(found.items(), key=lambda item: len(item[1]))
+    rows = {m.label: unsorted[m.label] for m in METHODS.values() if m.label in unsorted}
     frozen = {"the model before": (next(iter(rows.values()))[0], 0)}
     whole = Image.new("RGB", (190 + 66 * len(SHOWN), 66 * (1 + len(rows))), "white")
     for y, (label, (file, row)) in enumerate({**frozen, **rows}.items()):
