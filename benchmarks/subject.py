@@ -493,11 +493,11 @@ TEXT_LAYERS = "text-attention"
 OFT_RATES, LORA_RATES, WEIGHT_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
 METHODS: dict[str, Method] = {
     "oft32": Method("OFT b32 (ours)", _ours(oft_block_size=32), OFT_RATES),
-    "oft16": Method("OFT b16 (ours)", _ours(oft_block_size=16), "oft32"),
-    "coft": Method("OFT b32, 15° cap (ours)", _ours(oft_block_size=32, angle_cap=15.0), "oft32"),
+    "oft16": Method("OFT b16 (ours)", _ours(oft_block_size=16), OFT_RATES),
+    "coft": Method("OFT b32, 15° cap (ours)", _ours(oft_block_size=32, angle_cap=15.0), OFT_RATES),
     "oft32-match": Method("OFT b32 + prior match (ours)", _ours("match", oft_block_size=32), OFT_RATES),
     "oft32-pictures": Method(
-        "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), "oft32-match"
+        "OFT b32 + prior pictures (ours)", _ours("pictures", oft_block_size=32), OFT_RATES
     ),
     "subject": Method("OFT b32, preset subject (ours)", preset_method("subject", oft_block_size=32), OFT_RATES),
     "default": Method("Train OFT as it comes (ours)", preset_method("subject", oft_block_size=32), (RATE,)),
@@ -781,12 +781,12 @@ def main_jobs(
 ) -> list[Job]:
     """All methods for the first subject and seed, then for the next subject: what is done is balanced.
 
-    Every third subject of the first seed has a long run, until there are `long` of them.
+    Every third subject has long runs, until there are `long` of them.
     """
     out = []
     for seed in seeds:
         for i, s in enumerate(reported_subjects()[:count]):
-            steps = LONG_STEPS if i % 3 == 2 and i // 3 < long and seed == 0 else STEPS
+            steps = LONG_STEPS if i % 3 == 2 and i // 3 < long else STEPS
             out += [Job("main", m, rates[m], s.name, seed, steps, **more) for m in methods]
     return out
 

@@ -75,12 +75,12 @@ def comparable(lines: Iterable[Line]) -> list[Line]:
     return [x for x in lines if made_by(x) == most[0][0]]
 
 
-def widest(lines: list[Line]) -> list[list[str]]:
-    """Methods that were run on equally many (subject, seed) pairs, or on one less: those with most pairs first."""
+def widest(lines: list[Line], slack: int = 1) -> list[list[str]]:
+    """Methods that were run on equally many (subject, seed) pairs, or on up to `slack` less: most pairs first."""
     count = {m: len({(x["subject"], x["seed"]) for x in lines if x["method"] == m}) for m in METHODS}
     left, out = [m for m in METHODS if count[m]], []
     while left:
-        enough = max(count[m] for m in left) - 1
+        enough = max(count[m] for m in left) - slack
         out.append([m for m in left if count[m] >= enough])
         left = [m for m in left if count[m] < enough]
     return out
@@ -230,6 +230,23 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
     head = ["method", "best fidelity"]
     head += [f"{MEASURES[n][0]} {s}" for n in LONG_MEASURES for s in (200, last)]
     return markdown([*head, "subjects"], rows)
+
+
+def long_part(lines: list[Line], path: Path) -> str:
+    """A table and the plot of what every method has, then of what some have more runs of; empty without long runs."""
+    parts = []
+    for group in reversed(widest(lines, 0)):
+        shown = [m for m in METHODS if m in group or not parts and _of(lines, m)]
+        some = balanced(lines, shown)
+        if not some:
+            continue
+        pairs = {(x["subject"], x["seed"]) for x in some}
+        seeds = ", ".join(map(str, sorted({seed for _, seed in pairs})))
+        said = f"{len({s for s, _ in pairs})} subjects, seeds {seeds}: {len(pairs)} runs a method"
+        if not parts:
+            plot(some, shown, LONG_STEPS, path, said)
+        parts.append(f"{said}.\n\n{long_table(some, shown)}")
+    return "\n\n".join([f"### {LONG_STEPS[-1]:,} steps", *parts]) if parts else ""
 
 
 def pictures_table(lines: list[Line]) -> str:
@@ -521,14 +538,9 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     subject = contact_sheet(even, sheets, folder / "images" / "evaluation-pictures.jpg", STEPS[-1])
     if subject:
         out.append(f"The pictures above are of the {subject}, after {STEPS[-1]} steps, seed 0.")
-    long = [x for x in main if row_at(x, LONG_STEPS[-1])]
-    some = [m for m in METHODS if any(x["method"] == m for x in long)]
-    long = balanced(long, some)
+    long = long_part([x for x in main if row_at(x, LONG_STEPS[-1])], folder / "images" / "evaluation-long.png")
     if long:
-        count = len({(x["subject"], x["seed"]) for x in long})
-        out.append(f"### {LONG_STEPS[-1]:,} steps\n\n" + long_table(long, some))
-        title = f"Long runs: {count} a method"
-        plot(long, some, LONG_STEPS, folder / "images" / "evaluation-long.png", title)
+        out.append(long)
     more = pictures_table(every)
     if more:
         out.append("### More pictures\n\n" + more)

@@ -313,7 +313,7 @@ def a_stopped_run_goes_on_and_repeats_nothing() -> None:
     # What is done so far is balanced: all methods of a subject before the next one.
     assert [j.subject for j in jobs[:6]] == [jobs[0].subject] * 3 + [jobs[3].subject] * 3
     assert not {j.subject for j in jobs} & set(subject.GRID_SUBJECTS)
-    assert [len(j.steps) for j in jobs].count(len(subject.LONG_STEPS)) == 3
+    assert [len(j.steps) for j in jobs].count(len(subject.LONG_STEPS)) == 2 * 3
 
 
 @check
@@ -429,6 +429,20 @@ def every_method_fits_into_one_report() -> None:
 
 
 @check
+def long_runs_of_some_methods_do_not_shrink_the_others() -> None:
+    methods = ("subject", "lora16", "coft")
+    jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 6, (0,), 2)
+    jobs += subject.main_jobs(methods[:2], dict.fromkeys(methods, 1e-3), 3, (1,), 1)
+    assert [j.seed for j in jobs if j.steps == subject.LONG_STEPS] == [0] * 6 + [1] * 2
+    text = subject_report.report([fake(j) for j in jobs], WORK / "long", WORK / "no sheets")
+    text = text.split("### 2,000 steps")[1].split("###")[0]
+    both, some = text.split("3 runs a method.")
+    assert "2 subjects, seeds 0: 2 runs a method." in both and both.count("| 2 |") == 3
+    assert "2 subjects, seeds 0, 1: " in both and some.count("| 2 |") == 2
+    assert subject.METHODS["coft"].label in both and subject.METHODS["coft"].label not in some
+
+
+@check
 def a_change_reaches_whom_it_is_for() -> None:
     before = torch.eye(4)
     own, other = torch.eye(4)[:1].repeat(3, 1), torch.eye(4)[1:2]
@@ -463,7 +477,8 @@ def levels_are_found_between_checkpoints_and_rates_by_balance() -> None:
     assert abs(at["step"] - 70) < 1e-6 and abs(at["fidelity"] - 0.5) < 1e-9
     assert subject_report.at_level(replace_rows(line, 0.25), 0.5) is None
     grid = [fake(job) for job in subject.grid_jobs(subject.METHODS, 2, 1)]
-    assert subject.chosen_rates(grid)["oft16"] == 1e-3
+    chosen = subject.chosen_rates(grid)
+    assert chosen["oft32"] == 1e-3 and chosen["lora16-decay"] == chosen["lora16-match"] == 3e-4
     assert subject.chosen_rates([], ["default"]) == {"default": 1e-3}
     # A better run at another rate does not count while the rest of that subject's grid is missing.
     other = fake(subject.Job("grid", "oft32", 3e-3, "guitar", 0, subject.GRID_STEPS))
