@@ -234,15 +234,16 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
 
 def long_part(lines: list[Line], path: Path) -> str:
     """A table and the plot of what every method has, then of what some have more runs of; empty without long runs."""
-    parts = []
-    for group in reversed(widest(lines, 0)):
-        shown = [m for m in METHODS if m in group or not parts and _of(lines, m)]
+    parts, groups = [], widest(lines, 0)
+    for last in range(len(groups), 0, -1):
+        shown = [m for m in METHODS if any(m in group for group in groups[:last])]
         some = balanced(lines, shown)
         if not some:
             continue
         pairs = {(x["subject"], x["seed"]) for x in some}
-        seeds = ", ".join(map(str, sorted({seed for _, seed in pairs})))
-        said = f"{len({s for s, _ in pairs})} subjects, seeds {seeds}: {len(pairs)} runs a method"
+        seeds = sorted({seed for _, seed in pairs})
+        named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        said = f"{len({s for s, _ in pairs})} subjects, {named}: {len(pairs)} runs a method"
         if not parts:
             plot(some, shown, LONG_STEPS, path, said)
         parts.append(f"{said}.\n\n{long_table(some, shown)}")

@@ -437,7 +437,7 @@ def long_runs_of_some_methods_do_not_shrink_the_others() -> None:
     text = subject_report.report([fake(j) for j in jobs], WORK / "long", WORK / "no sheets")
     text = text.split("### 2,000 steps")[1].split("###")[0]
     both, some = text.split("3 runs a method.")
-    assert "2 subjects, seeds 0: 2 runs a method." in both and both.count("| 2 |") == 3
+    assert "2 subjects, seed 0: 2 runs a method." in both and both.count("| 2 |") == 3
     assert "2 subjects, seeds 0, 1: " in both and some.count("| 2 |") == 2
     assert subject.METHODS["coft"].label in both and subject.METHODS["coft"].label not in some
 
