@@ -35,18 +35,25 @@ BLOCK_RATE = 3e-3
 
 
 def inputs(world: runs.World, texts: list[str]) -> dict[str, Tensor]:
-    """Layer -> what it gets while the frozen model reads the captions from fixed noise, [tokens, channels]."""
+    """Layer -> what it gets while the frozen model reads the captions from fixed noise, [tokens, channels].
+
+    Of a caption only its own tokens: it is filled up to a multiple of four.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in world.layers}
+    length = 0
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, given: found[name].append(given[0].flatten(0, -2).clone())
+        return lambda module, given: found[name].append(
+            given[0][0, : length if "context_block" in name else None].clone()
+        )
 
     hooks = [world.network.core.get_submodule(n).register_forward_pre_hook(keep(n)) for n in world.layers]
     noise = torch.randn(len(texts), 16, 8, 8, generator=torch.Generator().manual_seed(5))
     try:
         with torch.no_grad():
             for level in LEVELS:
-                for i, text in enumerate(texts):  # one by one: no filled-up tokens
+                for i, text in enumerate(texts):
+                    length = int(world.captions.length[world.number[text]])
                     world.velocity(noise[i : i + 1], torch.tensor([level]), [text])
     finally:
         for hook in hooks:
@@ -114,6 +121,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = runs.World(runs.shipped.transformer(), runs.shipped.read("autoencoder.safetensors"))
     lines = [x for x in runs.read(options.work / "subject" / "results.jsonl") if x["weights"] == world.digest]
+    lines = report.comparable(lines)
     text = table(measured(world, options.subjects, runs.chosen_rates(lines, METHODS)), options.subjects)
     print(text)
     if options.report:

@@ -452,9 +452,9 @@ def a_change_reaches_whom_it_is_for() -> None:
     assert abs(selectivity.reach(before, after, own) - 0.5) < 1e-6 and selectivity.reach(before, after, other) == 0
     given = selectivity.inputs(WORLD, ["owl", "castle"])
     assert set(given) == set(WORLD.layers)
-    # Three noise levels: 16 patches of the picture each, and the text with its end mark in steps of four.
+    # Three noise levels: 16 patches of the picture each, and the word between its two marks, without what is filled up.
     assert {x.shape[0] for n, x in given.items() if "x_block" in n} == {3 * 2 * 16}
-    assert {x.shape[0] for n, x in given.items() if "context_block" in n} == {3 * 2 * 4}
+    assert {x.shape[0] for n, x in given.items() if "context_block" in n} == {3 * 2 * 3}
     weights = WORLD.effective()
     louder = {n: w * (1.5 if "context" in n else 2.0) for n, w in weights.items()}
     for stream, amount in (("context_block", 0.5), ("x_block", 1.0)):
