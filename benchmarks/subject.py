@@ -743,14 +743,20 @@ class Job:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a results file; a line that was cut off by an interruption is left out."""
-    out = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    """All complete lines of a results file; a line that was cut off by an interruption is left out, and of a run
+    that was made again with more steps the shorter one.
+    """
+    out: dict[tuple, dict[str, Any]] = {}
+    for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
-            out.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             print(f"{path}: an incomplete line is left out", file=sys.stderr)
-    return out
+            continue
+        key = (line["stage"], *made_by(line), *key_of(line))
+        if key not in out or out[key]["rows"][-1]["step"] < line["rows"][-1]["step"]:
+            out[key] = line
+    return list(out.values())
 
 
 def key_of(line: dict[str, Any]) -> tuple:
@@ -849,9 +855,18 @@ def chosen_rates(lines: list[dict[str, Any]], methods: Iterable[str] = tuple(MET
 
 
 def run(
-    job: Job, world: World, space: metrics.Known, judges: dict[tuple, Judge], show: Path | None = None
+    job: Job,
+    world: World,
+    space: metrics.Known,
+    judges: dict[tuple, Judge],
+    show: Path | None = None,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train and measure one job: its line of the results."""
+    """Train and measure one job: its line of the results.
+
+    known: a line of the same run with fewer steps. What it says is not measured again, only its last checkpoint:
+    where that comes out otherwise (another machine), everything is. Its sheet is left as it is.
+    """
     subject = next(s for s in subjects() if s.name == job.subject)
     which = (job.subject, job.seed, job.batch, job.pictures)
     if which not in judges:
@@ -861,16 +876,26 @@ def run(
     judge = judges[which]
     learner = method_of(job.method).make(world, judge.task, job.lr)
     rows, control, sheet, seconds = [], [], [judge.frozen], 0.0
+    before = known["rows"][-1]["step"] if known else 0
     for step in job.steps:
+        if step < before:
+            continue
         begun = time.process_time()
         learner.advance(step)
         seconds += time.process_time() - begun
         row, pictures = judge.look(learner.weights())
-        rows.append({"step": step, **row, **learner.facts()})
+        row = {"step": step, **row, **learner.facts()}
+        if known and step == before:
+            if row != known["rows"][-1]:
+                print(f"{job.key}: not as it was after {step} steps; measured anew", file=sys.stderr, flush=True)
+                return run(job, world, space, judges, show)
+            rows, control = list(known["rows"]), list(known["control"])
+            continue
+        rows.append(row)
         sheet.append(pictures)
         if job.method == CONTROL:
             control.append({"step": step, **judge.look(learner.random_weights())[0]})
-    if show is not None:
+    if show is not None and not known:
         _save_sheet(
             show / sheet_name(job.stage, job.subject, job.seed, job.method, job.lr, job.pictures), sheet
         )
@@ -998,9 +1023,12 @@ def main() -> None:
     done = finished(x for x in lines if x["stage"] in alike)
     judges: dict[tuple, Judge] = {}
     sheets = folder / "sheets"
-    left = work_through(
-        jobs, done, options.minutes, lambda job: run(job, world, space, judges, sheets), results
-    )
+    known = {key_of(x): x for x in lines if x["stage"] == stage}
+
+    def run_one(job: Job) -> dict[str, Any]:
+        return run(job, world, space, judges, sheets, known.get(job.key))
+
+    left = work_through(jobs, done, options.minutes, run_one, results)
     print(f"{left} of {len(jobs)} runs are left" if left else f"all {len(jobs)} runs are there")
 
 

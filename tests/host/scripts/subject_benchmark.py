@@ -317,6 +317,30 @@ def a_stopped_run_goes_on_and_repeats_nothing() -> None:
 
 
 @check
+def a_longer_run_takes_over_what_was_measured() -> None:
+    short = subject.Job("main", "oft32", RATE, "owl", 3, (1, 2))
+    long, known, judges = replace(short, steps=(1, 2, 3)), space(), {}
+    whole = subject.run(long, WORLD, known, judges)
+    before = subject.run(short, WORLD, known, judges)
+    looks, look = [], subject.Judge.look
+    subject.Judge.look = lambda *a: looks.append(1) or look(*a)
+    try:
+        taken = subject.run(long, WORLD, known, judges, None, before)
+        assert len(looks) == 3, "after 2 and 3 steps, and random planes after 3"
+        # Of another machine, whose numbers differ in the last digits: nothing is taken over.
+        other = before | {"rows": [r | {"drift": r["drift"] + 1e-6, "leak": 9.0} for r in before["rows"]]}
+        anew = subject.run(long, WORLD, known, judges, None, other)
+    finally:
+        subject.Judge.look = look
+    timed = "train_cpu_seconds"
+    assert taken | {timed: 0} == anew | {timed: 0} == whole | {timed: 0}
+    # Both lines are in the file: the longer one counts.
+    path = WORK / "longer.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (taken, before)))
+    assert subject.read(path) == [taken]
+
+
+@check
 def the_report_counts_what_is_there() -> None:
     path = WORK / "report.jsonl"
     path.unlink(missing_ok=True)
