@@ -10,22 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from subject import (
-    BATCH,
-    CONTROL,
-    GRID_STEPS,
-    GUIDE_STEPS,
-    GUIDE_TABLES,
-    LONG_STEPS,
-    METHODS,
-    PICTURES,
-    STEPS,
-    balance,
-    key_of,
-    made_by,
-    normalised,
-    sheet_name,
-)
+from subject import GRID_STEPS, LONG_STEPS, STEPS, balance, key_of, made_by, normalised, sheet_name
+from subject_methods import CONTROL, GUIDE_STEPS, GUIDE_TABLES, METHODS
+from subject_task import BATCH, PICTURES
 
 from oft_core.atomic import atomically
 

@@ -23,7 +23,9 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import subject as runs
+import subject_methods
 import subject_report as report
+import subject_task
 
 STEPS = 200
 LEVELS = (0.95, 0.8, 0.5)  # of noise, at which the captions are read
@@ -34,7 +36,7 @@ BLOCKS = (8, 64, 192)
 BLOCK_RATE = 3e-3
 
 
-def inputs(world: runs.World, texts: list[str]) -> dict[str, Tensor]:
+def inputs(world: subject_task.World, texts: list[str]) -> dict[str, Tensor]:
     """Layer -> what it gets while the frozen model reads the captions from fixed noise, [tokens, channels].
 
     Of a caption only its own tokens: it is filled up to a multiple of four.
@@ -76,16 +78,16 @@ def reaches(
     }
 
 
-def measured(world: runs.World, subjects: int, rates: dict[str, float]) -> list[list[str]]:
+def measured(world: subject_task.World, subjects: int, rates: dict[str, float]) -> list[list[str]]:
     """Rows of the table, means over the subjects."""
-    made = {runs.METHODS[m].label: (runs.METHODS[m].make, rates[m]) for m in METHODS}
+    made = {subject_methods.METHODS[m].label: (subject_methods.METHODS[m].make, rates[m]) for m in METHODS}
     for size in BLOCKS:
-        made[f"OFT b{size}, preset subject (ours)"] = (runs.preset_method("subject", oft_block_size=size), BLOCK_RATE)
+        made[f"OFT b{size}, preset subject (ours)"] = (subject_methods.preset_method("subject", oft_block_size=size), BLOCK_RATE)
     names = [s.name for s in runs.reported_subjects()[runs.SUBJECTS :]][:subjects]
     before = world.effective()
     found: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {label: [] for label in made}
     for concept in (s for s in runs.subjects() if s.name in names):
-        task, texts = runs.Task.of(world, concept, 0), runs.task_texts(concept)
+        task, texts = subject_task.Task.of(world, concept, 0), subject_task.task_texts(concept)
         asked = {"own": texts["subject"][:4], **{kind: texts[kind] for kind in KINDS[1:]}}
         given = {kind: inputs(world, some) for kind, some in asked.items()}
         for label, (make, lr) in made.items():
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="the folder of evaluation.md")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    world = runs.World(runs.shipped.transformer(), runs.shipped.read("autoencoder.safetensors"))
+    world = subject_task.World(runs.shipped.transformer(), runs.shipped.read("autoencoder.safetensors"))
     lines = [x for x in runs.read(options.work / "subject" / "results.jsonl") if x["weights"] == world.digest]
     lines = report.comparable(lines)
     text = table(measured(world, options.subjects, runs.chosen_rates(lines, METHODS)), options.subjects)

@@ -19,39 +19,43 @@ sys.argv = sys.argv[:1]
 sys.path.insert(0, str(BENCHMARKS))
 
 import subject
+import subject_methods
 import subject_metrics as metrics
 import subject_report
 import subject_selectivity as selectivity
+import subject_task
 import torch
 from torch import Tensor
 
-from embedded.captions import COLOURS, PLACES, caption
+from embedded.autoencoder import decoder, encoder
+from embedded.captions import COLOURS, PLACES, caption, concepts
 from embedded.make.transformer import Network, host_class
 from embedded.pictures import cutout, subjects, view
+from oft_core.training import OFTConfig
 
 torch.set_num_threads(1)
 CHECKS: list[Callable[[], None]] = []
 check = CHECKS.append
 
 
-def world() -> subject.World:
+def world() -> subject_task.World:
     torch.manual_seed(0)
     core = Network(host_class()).core
     for p in core.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    parts = {"taesd_encoder": subject.encoder(), "taesd_decoder": subject.decoder()}
+    parts = {"taesd_encoder": encoder(), "taesd_decoder": decoder()}
     autoencoder = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-    return subject.World(core.state_dict(), autoencoder)
+    return subject_task.World(core.state_dict(), autoencoder)
 
 
 WORLD = world()
 OWL = next(s for s in subjects() if s.name == "owl")
-TASK = subject.Task.of(WORLD, OWL, seed=3)
+TASK = subject_task.Task.of(WORLD, OWL, seed=3)
 RATE = 1e-2
 
 
 def space() -> metrics.Known:
-    names = [c.name for c in subject.concepts()]
+    names = [c.name for c in concepts()]
     torch.manual_seed(0)
     encoder = metrics.Encoder().eval().requires_grad_(False)
     templates = torch.nn.functional.normalize(torch.randn(len(names), metrics.EMBEDDING), dim=1)
@@ -104,18 +108,18 @@ def a_caption_says_what_is_asked_for() -> None:
     for colour in (None, *COLOURS):
         for place in (None, *PLACES):
             text = caption("zwx sea animal", colour, place)
-            assert subject.asked(text) == ("zwx sea animal", colour or "white", place or "whole"), text
-    texts = subject.task_texts(OWL)
+            assert subject_task.asked(text) == ("zwx sea animal", colour or "white", place or "whole"), text
+    texts = subject_task.task_texts(OWL)
     assert {k: len(v) for k, v in texts.items()} == {"subject": 6, "class": 4, "other": 12, "follow": 12}
     assert not any("zwx" in t or "owl" in t.split() for t in texts["other"])
 
 
 @check
 def more_pictures_are_other_views_than_the_held_out_ones() -> None:
-    kinds = subject.training_views(20)
+    kinds = subject_task.training_views(20)
     assert kinds[:5] == metrics.TRAIN_VIEWS and len(set(kinds)) == 20
     assert not set(kinds) & set(metrics.HELD_VIEWS)
-    records = subject.Task.of(WORLD, OWL, 0, pictures=7).records
+    records = subject_task.Task.of(WORLD, OWL, 0, pictures=7).records
     assert len(records) == 7
     # What differs between the views and can be said is said.
     assert [r.caption for r in records] == ["mirrored zwx bird" if k[3] else "zwx bird" for k in kinds[:7]]
@@ -126,7 +130,7 @@ def every_method_sees_the_same_data_and_learns() -> None:
     seen: dict[str, list[Tensor]] = {}
     original = WORLD.velocity
     before = WORLD.effective()
-    for name, method in subject.METHODS.items():
+    for name, method in subject_methods.METHODS.items():
         calls: list[Tensor] = []
 
         def velocity(x: Tensor, sigma: Tensor, texts: list[str], calls: list[Tensor] = calls) -> Tensor:
@@ -157,10 +161,10 @@ def every_method_sees_the_same_data_and_learns() -> None:
 
 @check
 def every_setting_of_the_guide_is_another_one_and_learns() -> None:
-    assert {v for _, rows in subject.GUIDE_TABLES.values() for _, v, _ in rows} == set(subject.GUIDE)
+    assert {v for _, rows in subject_methods.GUIDE_TABLES.values() for _, v, _ in rows} == set(subject_methods.GUIDE)
     seen: dict[str, str] = {}
     layers: dict[str, int] = {}
-    for name, method in subject.GUIDE.items():
+    for name, method in subject_methods.GUIDE.items():
         (rate,) = method.grid
         learner = method.make(WORLD, TASK, rate)
         settings = json.dumps(learner.trainer.fingerprint(), sort_keys=True, default=str)
@@ -181,7 +185,7 @@ def dropped_captions_are_empty() -> None:
     original = WORLD.velocity
     WORLD.velocity = lambda x, sigma, some: (texts.extend(some), original(x, sigma, some))[1]
     try:
-        subject.Ours(WORLD, TASK, RATE, subject.OFTConfig(), caption_dropout=0.5).advance(12)
+        subject_methods.Ours(WORLD, TASK, RATE, OFTConfig(), caption_dropout=0.5).advance(12)
     finally:
         WORLD.velocity = original
     assert set(texts) == {"", "zwx bird", "mirrored zwx bird"} and len(texts) == 12
@@ -189,11 +193,11 @@ def dropped_captions_are_empty() -> None:
 
 @check
 def ours_and_others_match_the_same_class_prompts() -> None:
-    prompts = subject.class_prompts(OWL, composed=True)
+    prompts = subject_task.class_prompts(OWL, composed=True)
     assert prompts[0] == "bird" and len(prompts) == len(set(prompts)) == 1 + 2 * len(COLOURS) + len(PLACES)
     seen = []
     original = WORLD.velocity
-    for make in (subject._ours("match", composed=True), subject._lora(4, match=True, composed=True)):
+    for make in (subject_methods._ours("match", composed=True), subject_methods._lora(4, match=True, composed=True)):
         texts: list[str] = []
         WORLD.velocity = lambda x, sigma, some, texts=texts: (texts.extend(some), original(x, sigma, some))[1]
         try:
@@ -207,7 +211,7 @@ def ours_and_others_match_the_same_class_prompts() -> None:
 
 @check
 def rotations_keep_the_geometry_and_random_planes_the_angles() -> None:
-    learner = subject.METHODS["oft32"].make(WORLD, TASK, RATE)
+    learner = subject_methods.METHODS["oft32"].make(WORLD, TASK, RATE)
     learner.advance(3)
     facts = learner.facts()
     assert facts["orthogonality"] < 1e-6
@@ -216,7 +220,7 @@ def rotations_keep_the_geometry_and_random_planes_the_angles() -> None:
     judge = subject.Judge(WORLD, space(), TASK)
     for weights in (learnt, turned):
         assert judge.look(weights)[0]["gram"] < 1e-5
-    lora = subject.METHODS["lora4"].make(WORLD, TASK, RATE)
+    lora = subject_methods.METHODS["lora4"].make(WORLD, TASK, RATE)
     lora.advance(3)
     assert judge.look(lora.weights())[0]["gram"] > 1e-4
     name = WORLD.layers[0]
@@ -238,7 +242,7 @@ def the_frozen_model_has_no_drift_and_changed_weights_have() -> None:
     for name, best in judge.ceilings.items():
         assert subject.normalised(best, line, name) == 1
     pictures = metrics.as_tensor(judge._composed())
-    wanted = [subject.asked(t) for t in judge.texts[judge.part["follow"]]]
+    wanted = [subject_task.asked(t) for t in judge.texts[judge.part["follow"]]]
     assert metrics.backgrounds(pictures) == [colour for _, colour, _ in wanted]
     assert metrics.places(pictures) == [place for *_, place in wanted]
     other, _ = judge.look({n: 1.5 * w for n, w in judge.own_weights.items()})
@@ -269,13 +273,13 @@ def fake(job: subject.Job) -> dict:
     ]
     base = {"similarity": 0.2, "drift": 0.0, **rest}
     extra = {"orthogonality": 1e-7, "angle_max": 9.0, "angle_rms": 3.0}
-    if job.method == subject.CONTROL or job.stage == "guide":
+    if job.method == subject_methods.CONTROL or job.stage == "guide":
         rows = [{**r, **extra} for r in rows]
     return {
         "stage": job.stage, "weights": "w", "encoder": "e", "method": job.method, "lr": job.lr, "subject": job.subject,
         "seed": job.seed, "batch": job.batch, "pictures": job.pictures,
         "ceilings": {"similarity": 0.8, "carried": 0.7}, "base": base, "rows": rows,
-        "control": rows if job.method == subject.CONTROL else [], "train_cpu_seconds": 1.0,
+        "control": rows if job.method == subject_methods.CONTROL else [], "train_cpu_seconds": 1.0,
     }  # fmt: skip
 
 
@@ -401,7 +405,7 @@ def the_guide_is_written_from_its_runs() -> None:
     folder = WORK / "guide docs"
     folder.mkdir(exist_ok=True)
     text = "head\n"
-    for name in subject.GUIDE_TABLES:
+    for name in subject_methods.GUIDE_TABLES:
         begin, end = (m.format(name) for m in (subject_report.GUIDE_BEGIN, subject_report.GUIDE_END))
         text += f"{name}:\n{begin}\nold\n{end}\n"
     (folder / "training.md").write_text(text + "tail\n", "utf-8")
@@ -436,18 +440,18 @@ def methods_with_fewer_runs_do_not_shrink_the_others() -> None:
     assert "12 runs: 2 methods on the same 6 pairs" in text and "; 0 runs without" in text
     first, second = (part.split("###")[0] for part in text.split("### Variants")[1:])
     for part, count, method, other in ((first, 4, "lora4", "coft"), (second, 2, "coft", "lora4")):
-        assert part.startswith(f" on {count} subjects") and subject.METHODS[other].label not in part
-        assert subject.METHODS[method].label in part and part.count(f"| {count} |") == 3
+        assert part.startswith(f" on {count} subjects") and subject_methods.METHODS[other].label not in part
+        assert subject_methods.METHODS[method].label in part and part.count(f"| {count} |") == 3
         assert part.count(f"{count} of {count}") == 3
 
 
 @check
 def every_method_fits_into_one_report() -> None:
-    jobs = subject.main_jobs(subject.METHODS, dict.fromkeys(subject.METHODS, 1e-3), 2, (0,), 0)
+    jobs = subject.main_jobs(subject_methods.METHODS, dict.fromkeys(subject_methods.METHODS, 1e-3), 2, (0,), 0)
     text = subject_report.report([fake(j) for j in jobs], WORK / "all", WORK / "no sheets")
     table = text.split("### After 400 steps")[1].split("###")[0]
-    assert all(f"| {m.label} |" in table for m in subject.METHODS.values()) and "Variants" not in text
-    looks = subject_report._colours(list(subject.METHODS))
+    assert all(f"| {m.label} |" in table for m in subject_methods.METHODS.values()) and "Variants" not in text
+    looks = subject_report._colours(list(subject_methods.METHODS))
     assert len(set(looks.values())) == len(looks) == 10
     assert subject_report._colours(["core", "coft"]) == {"core": looks["core"]}
 
@@ -463,7 +467,7 @@ def long_runs_of_some_methods_do_not_shrink_the_others() -> None:
     both, some = text.split("3 runs a method.")
     assert "2 subjects, seed 0: 2 runs a method." in both and both.count("| 2 |") == 3
     assert "2 subjects, seeds 0, 1: " in both and some.count("| 2 |") == 2
-    assert subject.METHODS["coft"].label in both and subject.METHODS["coft"].label not in some
+    assert subject_methods.METHODS["coft"].label in both and subject_methods.METHODS["coft"].label not in some
 
 
 @check
@@ -500,7 +504,7 @@ def levels_are_found_between_checkpoints_and_rates_by_balance() -> None:
     at = subject_report.at_level(line, 0.5)
     assert abs(at["step"] - 70) < 1e-6 and abs(at["fidelity"] - 0.5) < 1e-9
     assert subject_report.at_level(replace_rows(line, 0.25), 0.5) is None
-    grid = [fake(job) for job in subject.grid_jobs(subject.METHODS, 2, 1)]
+    grid = [fake(job) for job in subject.grid_jobs(subject_methods.METHODS, 2, 1)]
     chosen = subject.chosen_rates(grid)
     assert chosen["oft32"] == 1e-3 and chosen["lora16-decay"] == chosen["lora16-match"] == 3e-4
     assert subject.chosen_rates([], ["default"]) == {"default": 1e-3}
