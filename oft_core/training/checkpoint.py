@@ -41,7 +41,8 @@ def save_state(folder: Path, step: int, state: Mapping[str, object], fingerprint
         raise StateError(
             "The training state could not be written", file=final, found=str(error), hint="Free some disk space; training can go on."
         ) from error
-    for old in saved_states(folder)[keep:]:
+    # States of later steps are not of this run (or damaged, else it had gone on from them): they are not what is kept.
+    for old in [p for p in saved_states(folder) if p.name <= final.name][keep:]:
         old.unlink(missing_ok=True)
     for rest in folder.glob(".state-*.tmp"):
         rest.unlink(missing_ok=True)  # left by a run that was killed while it wrote

@@ -362,18 +362,24 @@ class OFTConfig:
         if kind is None:
             raise _refused(name, module, _why_not(module))
         rows, columns = _sizes(module, kind)
-        if kind == "conv" and self.side == "input" and getattr(module, "groups", 1) != 1:
+        groups = module.groups if kind == "conv" else 1
+        if self.side == "input" and groups != 1:
             raise _refused(name, module, "a grouped convolution has no common input side")
         length = columns if self.side == "input" else rows
         r = next((v for p, v in self.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({p})", name)), self.r)
-        if r:
+        if groups != 1:
+            # Rows of different groups read different channels: only turned among their own are they still a weight of this layer.
+            wanted = length / r if r else self.oft_block_size
+            block = nearest_divisor(length // groups, round(wanted))
+        elif r:
             count = nearest_divisor(length, r)
             wanted, block = (length / r), length // count
         else:
             block = nearest_divisor(length, self.oft_block_size)
             wanted = self.oft_block_size
         if block < 2:
-            return f"width {length} has no block size near {wanted:g}"
+            each = f"{groups} groups of {length // groups}" if groups != 1 else f"width {length}"
+            return f"{each} {'have' if groups != 1 else 'has'} no block size near {wanted:g}"
         return LayerChoice(
             name=name, kind=kind, side=self.side, length=length, rows=rows, block=block, count=length // block,
             stored=1 if self.block_share else length // block, wanted=wanted,

@@ -6,6 +6,7 @@ embeddings) is its own business; ``Record`` says what there is to cache.
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -80,29 +81,57 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
 def caption_of(picture: Path, prompt: str = "", trigger: str = "") -> str:
     """The text of ``name.txt`` beside the picture (one line), else ``prompt``; [trigger] stands for the trigger word.
 
-    A trigger that a caption does not mention is put in front of it.
+    A trigger that a caption does not mention is put in front of it. Raises ConfigError for a text that is neither UTF-8 nor
+    UTF-16 with its mark.
     """
     beside = picture.with_suffix(".txt")
-    text = " ".join(beside.read_text("utf-8-sig").split()) if beside.is_file() else prompt
+    text = " ".join(_read_text(beside).split()) if beside.is_file() else prompt
     text = text.replace("[trigger]", trigger).strip()
     if trigger and trigger not in text:
         text = f"{trigger}, {text}" if text else trigger
     return text
 
 
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "This caption cannot be read", file=path, found=str(error), expected="UTF-8 text", hint="Save it as UTF-8 in your editor."
+        ) from error
+
+
+def _eight_bits(picture):
+    """Grey pictures of 16 bits as "L": Pillow's own conversion cuts everything above 255 off."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.int64)
+    if picture.mode == "I" and values.max() <= 255:  # eight bits, kept in 32
+        return picture.convert("L")
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"grey values from {values.min()} to {values.max()}")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
 def open_picture(path: str | os.PathLike):
     """(RGB picture upright by its EXIF orientation, alpha as an "L" picture or None), as Pillow images.
 
-    Raises ConfigError if Pillow cannot read the file. Fully opaque alpha counts as none.
+    Raises ConfigError if Pillow cannot read the file, or if its values are no grey or colour of 8 or 16 bits. Fully opaque alpha
+    counts as none.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+            if file.mode == "F":
+                raise ValueError("grey values in floating point, of which no range is known")
+            picture = _eight_bits(ImageOps.exif_transpose(file))
             has_alpha = "A" in picture.getbands() or "transparency" in picture.info
             picture = picture.convert("RGBA" if has_alpha else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ConfigError("This picture cannot be read", file=path, found=str(error)) from error
     if not has_alpha:
         return picture, None

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from .functions import (
     plain,
     rotate_channels,
 )
+from .optim import limit_
 from .seeds import generator
 
 #: Returns the plain weight of a layer (any float dtype) where ``module.weight`` is packed or quantised.
@@ -267,13 +269,18 @@ class RotationBank:
         self._masks.clear()
         self._active = False
 
-    def after_step(self) -> None:
-        """Projections that follow the optimizer's step: angle cap and spectral clip."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Projections that follow the optimizer's step: COFT's, angle cap and spectral clip."""
         for name, p in self.parameters.items():
             if "/rotation/" in name:
-                config = self.config_of(name)
-                if config.largest_lam is not None:
-                    limit_lam_(p.data, config.largest_lam / generator_scale(config, self._block(name)), self._block(name))
+                limit_(optimizer, p, partial(self._project_, name))
+
+    def _project_(self, name: str, packed: Tensor) -> None:
+        """All limits, in place."""
+        config, block = self.config_of(name), self._block(name)
+        self._project_coft_(name, packed)
+        if config.largest_lam is not None:
+            limit_lam_(packed, config.largest_lam / generator_scale(config, block), block)
 
     @contextmanager
     def evaluation(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:

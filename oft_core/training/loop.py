@@ -178,6 +178,11 @@ class Trainer:
         groups = [g for g in groups if g["lr"] > 0]
         if not groups:
             raise ConfigError("Every learning rate is 0, so nothing would be trained", found=settings.part_lr)
+        if settings.optimizer == "prodigy" and len({g["lr"] for g in groups}) > 1:
+            raise ConfigError(
+                "Prodigy finds one learning rate for all parts, so they cannot have several", found=f"'part_lr' {settings.part_lr}",
+                expected=f"{settings.lr:g} or 0 for every part",
+            )
         self.optimizer = make_optimizer(
             settings.optimizer, groups, settings.lr, settings.weight_decay, **settings.optimizer_args
         )
@@ -257,7 +262,7 @@ class Trainer:
                 group["lr"] = lr * self._factor(k)
             self._updating = True
             self.optimizer.step()
-            self.bank.after_step()
+            self.bank.after_step(self.optimizer)
             self._update_ema()
             self._updating = False
         elif self._scale > 1:

@@ -23,8 +23,6 @@ class Choice:
     text: str
     #: arguments that fit small rotation parameters, unless the user gives others
     defaults: tuple[tuple[str, object], ...] = ()
-    decay: bool = True
-
 
 OPTIMIZERS: dict[str, Choice] = {
     "adamw": Choice("torch.optim", "AdamW", "torch", "The safe choice."),
@@ -33,8 +31,11 @@ OPTIMIZERS: dict[str, Choice] = {
         "prodigyopt", "Prodigy", "prodigyopt", "Finds the learning rate itself; set the learning rate to 1.",
         (("safeguard_warmup", True), ("use_bias_correction", True)),
     ),
-    "adafactor": Choice("torch.optim", "Adafactor", "torch (2.5 or newer)", "AdamW with less state."),
-    "came": Choice("came_pytorch", "CAME", "came-pytorch", "Adafactor with a confidence measure."),
+    # Its steps are a share of the parameter's own size, at least of the second eps: rotations start at 0.
+    "adafactor": Choice("torch.optim", "Adafactor", "torch (2.5 or newer)", "AdamW with less state.", (("eps", (None, 1.0)),)),
+    "came": Choice(
+        "came_pytorch", "CAME", "came-pytorch", "Adafactor with a confidence measure; use a tenth of AdamW's learning rate."
+    ),
     "lion": Choice("lion_pytorch", "Lion", "lion-pytorch", "Sign updates; use a third of AdamW's learning rate."),
     "schedulefree": Choice(
         "schedulefree", "AdamWScheduleFree", "schedulefree", "AdamW that needs no schedule; use with the constant schedule."
@@ -65,6 +66,23 @@ def make_optimizer(
         return cls([dict(g) for g in groups], **settings)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"The optimizer '{name}' does not take these arguments", found=f"{settings}: {error}") from error
+
+
+def limit_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, project_: Callable[[torch.Tensor], None]) -> None:
+    """Apply ``project_`` (in place, onto a convex set that holds 0) to what the optimizer's step has made of a parameter.
+
+    A schedule-free optimizer's parameter is y = (1 - beta) z + beta x, x a running mean of z with weight c for the newest. There z is
+    projected, and x and y follow by its share in them: with y alone limited, z would grow on and the mean would leave the set.
+    """
+    z = optimizer.state.get(parameter, {}).get("z")
+    if z is None:
+        project_(parameter.data)
+        return
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    newest = group["k"] ** group["r"] * group["lr_max"] ** group["weight_lr_power"] / group["weight_sum"]
+    before = z.clone()
+    project_(z)
+    parameter.data.add_(z - before, alpha=1 - group["betas"][0] * (1 - newest))
 
 
 def schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:

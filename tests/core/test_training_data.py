@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +110,34 @@ def test_captions(tmp_path):
     assert caption_of(picture, "a [trigger] cat", "sks") == "a sks cat"
     (tmp_path / "x.y.txt").write_text("ein Käfer\n", "utf-8")
     assert caption_of(picture, "a cat", "sks") == "sks, ein Käfer"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_of_every_unicode_editor(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("eine süße 猫", encoding)
+    assert caption_of(tmp_path / "a.png") == "eine süße 猫"
+
+
+def test_a_caption_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "the one.txt").write_text("eine süße Katze", "cp1252")
+    with pytest.raises(ConfigError, match="caption cannot be read.*the one.txt.*UTF-8"):
+        caption_of(tmp_path / "the one.png")
+
+
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        picture, alpha = open_picture(tmp_path / name)
+        assert picture.mode == "RGB" and alpha is None
+        assert np.array_equal(np.asarray(picture)[..., 0].ravel(), np.arange(256)), name
+    Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)).save(tmp_path / "eight.tif")
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "eight.tif")[0])[..., 2].ravel(), np.arange(256))
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "more.tif")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    for name in ("more", "float"):
+        with pytest.raises(ConfigError, match=f"cannot be read.*{name}.tif.*grey values"):
+            open_picture(tmp_path / f"{name}.tif")
 
 
 def test_a_damaged_picture_is_named(tmp_path):

@@ -167,17 +167,28 @@ def test_convolutions_of_every_dimension_merge_as_they_train(kind, side):
     torch.testing.assert_close(merged(model, bank)(x), trained, rtol=2e-5, atol=2e-5)
 
 
-def test_output_side_of_a_grouped_convolution_and_its_refusal_on_the_input_side():
+@pytest.mark.parametrize("size", [{"oft_block_size": 4}, {"oft_block_size": 8}, {"oft_block_size": 0, "r": 1}])
+def test_output_side_of_a_grouped_convolution_and_its_refusal_on_the_input_side(size):
+    """Rows of different groups see different channels: a block that mixed them could be trained, but not be merged."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
-    options = {"oft_block_size": 4, "init_weights": False, "target_modules": ["0"]}
+    options = {"init_weights": False, "target_modules": ["0"], **size}
     with pytest.raises(ConfigError, match="grouped convolution"):
         OFTConfig(**options).select(model)
-    bank = RotationBank({"unet": (model, OFTConfig(side="output", **options).select(model))})
+    chosen = OFTConfig(side="output", **options).select(model)
+    assert [c.block for c in chosen.layers] == [4]
+    bank = RotationBank({"unet": (model, chosen)})
     x = torch.randn(1, 4, 6, 6)
     with bank.installed(), bank.evaluation():
         trained = model(x)
     torch.testing.assert_close(merged(model, bank)(x), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_convolutions_are_left_out_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
+    chosen = OFTConfig(side="output", oft_block_size=4, target_modules=None, conv_modules="all-conv").select(model)
+    assert [c.name for c in chosen.layers] == ["1"]
+    assert "8 groups of 1 have no block size near 4" in str(chosen)
 
 
 def test_weights_stored_transposed():
@@ -411,7 +422,7 @@ def train(model, x, bank, steps=30, lr=0.05, seed=0):
             bank.finish_backward()
             optimizer.step()
             optimizer.zero_grad()
-            bank.after_step()
+            bank.after_step(optimizer)
 
 
 def rotations(bank) -> list[LayerRotation]:

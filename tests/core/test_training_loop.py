@@ -157,6 +157,56 @@ def test_exact_resume_with_every_optimizer(tmp_path, optimizer):
     assert same(whole.everything(), second.everything())
 
 
+def turned(target: float, **settings) -> tuple[list[float], float]:
+    """Angles in degrees, and loss, after training 4 channels towards rotations by ``target`` degrees in planes of two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    config = OFTConfig(oft_block_size=2, target_modules="all-linear", angle_cap=settings.pop("angle_cap", 60.0), **settings.pop("config", {}))
+    bank = RotationBank({"unet": (model, config.select(model))})
+    a = torch.tensor(target).deg2rad()
+    turn = torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]])
+    goal = model[0].weight.detach() @ torch.block_diag(turn, turn).T
+    random = torch.Generator().manual_seed(1)
+
+    def predict(noised, records):
+        x = noised.x0.permute(0, 2, 3, 1)
+        return Objective().target(noised) + (model(x) - x @ goal.T).permute(0, 3, 1, 2)
+
+    trainer = Trainer(
+        bank, TrainSettings(weight_decay=0.0, clip=0.0, **settings), Objective(), [Record("a", "", (8, 8))],
+        load=lambda records: Loaded(torch.randn(1, 4, 4, 4, generator=random)), predict=predict,
+    )
+    trainer.run()
+    with bank.installed(), bank.evaluation(trainer.values()):
+        made = model(torch.eye(4)).T.detach()
+    own = torch.linalg.lstsq(model[0].weight.detach(), made).solution.T  # M of W' = W M^T
+    return torch.atan2(own[1::2, ::2].diagonal(), own[::2, ::2].diagonal()).rad2deg().tolist(), trainer.losses[-1]
+
+
+def test_adafactor_turns_as_far_as_adamw():
+    """Its own default measures steps by the parameter's size, which is nothing where rotations begin."""
+    (own, _), (adamw, _) = (turned(150, optimizer=o, steps=100, lr=0.01) for o in ("adafactor", "adamw"))
+    assert min(adamw) > 30 and all(0.7 * a < b < 1.3 * a for a, b in zip(adamw, own, strict=True)), (adamw, own)
+
+
+@pytest.mark.parametrize("limit", [{"angle_cap": 10.0}, {"config": {"coft": True, "eps": 0.1}}])
+def test_a_schedule_free_mean_stays_at_the_limit(limit):
+    """A point behind the mean that runs on beyond the limit would carry what is exported past it, and then to the other side."""
+    pytest.importorskip("schedulefree")
+    for steps in (100, 300, 600):
+        adamw, loss = turned(150, optimizer="adamw", steps=steps, lr=0.01, **limit)
+        mean, other = turned(150, optimizer="schedulefree", steps=steps, lr=0.01, **limit)
+        assert all(0.9 * a < b <= a + 0.01 for a, b in zip(adamw, mean, strict=True)), (steps, adamw, mean)
+        assert abs(other - loss) < 0.1 * loss
+
+
+def test_prodigy_with_several_rates_is_refused():
+    pytest.importorskip("prodigyopt")
+    with pytest.raises(ConfigError, match="one learning rate.*part_lr"):
+        Rig(optimizer="prodigy", lr=1.0, part_lr={"te1": 0.5})
+    Rig(optimizer="prodigy", lr=1.0, part_lr={"te1": 0.0}).trainer.run()
+
+
 def test_eight_bit_state_is_really_eight_bit_and_resumes_exactly(tmp_path):
     """bitsandbytes keeps small parameters in float32 unless it is told otherwise, so the test above says nothing about 8 bits."""
     pytest.importorskip("bitsandbytes")
@@ -229,6 +279,17 @@ def test_the_last_states_are_kept_and_leftovers_removed(tmp_path):
     (tmp_path / ".state-00000001.safetensors.99.tmp").write_bytes(b"half")
     Rig(tmp_path, steps=7, save_every=2, keep=2).trainer.run()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-00000006.safetensors", "state-00000007.safetensors"]
+
+
+def test_states_of_later_steps_do_not_push_the_newest_out(tmp_path):
+    """A run that went on before a damaged state, or a new one in a folder that holds another's."""
+    for step in (200, 300):
+        save_state(tmp_path, step, {"a": step}, {})
+    saved_states(tmp_path)[0].write_bytes(b"cut")
+    assert load_latest(tmp_path)[0] == 200
+    save_state(tmp_path, 250, {"a": 250}, {}, keep=1)
+    assert load_latest(tmp_path) == (250, {"a": 250})
+    assert [p.name[6:14] for p in saved_states(tmp_path)] == ["00000300", "00000250"]
 
 
 def test_state_round_trip_keeps_types_and_bits(tmp_path):
