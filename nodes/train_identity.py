@@ -18,6 +18,9 @@ from .train_store import Store
 
 # Folder lists that loaders of diffusion models choose from; the last one is of the community's GGUF loader.
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
+# ComfyUI swaps this part on the shared model when it loads a clone with another way of sampling, so its buffers tell
+# what was loaded last. How a model samples is in the objective.
+SAMPLING = "model_sampling."
 
 
 def _numbers(t: torch.Tensor, most: int = 512) -> bytes:
@@ -44,9 +47,14 @@ def _tensors(value: Any) -> Iterator[bytes]:
 
 
 def identity(patcher: Any) -> str:
-    """A short hash of a model with its patches: of names, shapes and some hundred values of every weight."""
+    """A short hash of a model with its patches: of names, shapes and some hundred values of every weight.
+
+    The same whether the model is loaded or not. How it samples is not in it.
+    """
     seen = hashlib.sha256()
     for key, value in sorted(layers.tensors_of(patcher.model, patcher.model.state_dict())):
+        if key.startswith(SAMPLING):
+            continue
         saved = patcher.backup.get(key)
         value = value if saved is None else getattr(saved, "weight", value)
         seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())

@@ -38,6 +38,8 @@ log = logging.getLogger("oft")
 
 # Pictures that the node puts out at most; all are in the run's folder.
 MOST_SAMPLES = 64
+# What of the objective comes from the model's way of sampling; the rest does not change what the model draws.
+SAMPLED_BY = ("prediction", "shift", "alphas_cumprod")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -226,6 +228,8 @@ class Run:
         size, plan = self.dataset.main_bucket, self.plan.samples
         wanted = [self.identity["model"], self.identity["clip"], prompt, count, size, self.plan.settings.seed]
         wanted += [plan.steps, plan.cfg, plan.sampler, plan.scheduler, plan.negative]
+        sampling = self.objective.fingerprint()
+        wanted += [sampling.get(name) for name in SAMPLED_BY]
         place = self.store.path("class", *wanted)
         latents = self.store.get(place)
         if latents is None:

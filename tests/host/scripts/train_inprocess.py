@@ -762,6 +762,51 @@ def class_is_kept():
     assert match.losses[0] == none.losses[0] and with_pictures.losses[0] > none.losses[0]
 
 
+def other_sampling(family):
+    """A family's model, and a clone that a node makes sample in another way."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+
+    with torch.inference_mode():
+        model = families.make_model(family)
+        if family == "sd3":
+            return model, ModelSamplingSD3().patch(model, 5.0)[0]
+        return model, ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]
+
+
+@check
+def what_is_loaded_does_not_change_which_run_it_is():
+    """ComfyUI swaps the way of sampling on the shared model while a clone with another one is loaded."""
+    for family in ("sd15", "sd3"):
+        of, (model, patched) = a_set(), other_sampling(family)
+
+        def keys(family=family, of=of, models=(model, patched)):
+            return [a_run(family, of, (m, *parts(family)[1:])).key for m in models]
+
+        first = keys()
+        assert first[0] != first[1], "another way of sampling is taken for the same run"
+        for loaded in (patched, model):
+            with torch.inference_mode():
+                comfy.model_management.load_models_gpu([loaded])
+            assert keys() == first, family
+        comfy.model_management.unload_all_models()
+        assert keys() == first, family
+
+
+@check
+def class_pictures_are_of_the_models_way_of_sampling():
+    """Drawn anew where it changes; not where only what is trained changes."""
+    fresh_user()
+    of, (model, patched) = a_set(class_prompt="a photo of a dog"), other_sampling("sd3")
+    drawn = []
+    sample = train_host.HostModel.sample_latent
+    options = {"prior": "pictures", "class_pictures": 1}
+    with replaced(train_host.HostModel, "sample_latent", lambda *a: drawn.append(a[1]) or sample(*a)):
+        for expected, one, more in ((1, model, {}), (2, patched, {}), (2, patched, {"caption_dropout": 0.5})):
+            of_parts = (one, *parts("sd3")[1:])
+            go(a_run("sd3", of, of_parts, config={**options, **more}, steps=1))
+            assert drawn.count("a photo of a dog") == expected, (drawn, more)
+
+
 @check
 def text_encoders_train():
     for family, low_vram in (("sd15", "checkpointing"), ("sdxl", "off")):
