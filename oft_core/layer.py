@@ -7,6 +7,7 @@ blocks of ``block`` rows, or a product of such matrices with permutations betwee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -160,6 +161,8 @@ class LayerRotation:
         one = torch.ones((), dtype=torch.float64, device=device)
         if strength.coft == "off" or self.kind == "matrix":
             return one
+        if strength.coft == "hold" and strength.mode == "geodesic" and self.kind != "expm":
+            return self._held_power(abs(strength.value)).to(device)
         held = abs(strength.value) if strength.coft == "hold" and strength.mode != "linear" else 1.0
         factor = one
         if self.constraint is not None:
@@ -168,10 +171,36 @@ class LayerRotation:
             lam = self.largest_lam(device) * held * factor
             factor = factor * (self.clip / lam.clamp_min(1e-30)).clamp_max(1.0)
         if isinstance(strength.coft, float):
-            bound = transform(self.kind, self.terms).lam_of_angle(torch.pi * strength.coft / 180)
-            scaled = 1.0 if strength.mode == "linear" else abs(strength.value)
+            radians, s = torch.pi * strength.coft / 180, abs(strength.value)
+            if strength.mode == "geodesic" and s:
+                radians /= s  # the angle is multiplied, not the generator
+            bound = transform(self.kind, self.terms).lam_of_angle(radians)
+            scaled = s if strength.mode == "rotation" else 1.0
             lam = self.largest_lam(device) * factor * scaled
             factor = factor * (bound / lam.clamp_min(1e-30)).clamp_max(1.0)
+        return factor
+
+    def _held_power(self, s: float) -> Tensor:
+        """Multiplier of the raw generator with which that of the power M^s, tan(s atan(lam)), keeps the file's limits.
+
+        Found by halving, for a norm over many planes has no closed inverse. Float64, broadcastable to (stages, stored).
+        """
+        lam, limit = self.lam(), self.constraint
+        factor = torch.ones((), dtype=torch.float64)
+        if limit is not None:
+            planes = (0, 2) if limit.norm.ndim else (0, 1, 2)
+            # The trainers' norms are all proportional to the root of the planes' squares.
+            share = limit.norm.double() / lam.square().sum(planes).sqrt().clamp_min(1e-30)
+            low, high = torch.zeros_like(share), torch.ones_like(share)
+            for _ in range(60):
+                factor = (low + high) / 2
+                power = torch.tan((s * torch.atan(lam * factor.unsqueeze(-1))).clamp_max(torch.pi / 2 - 1e-9))
+                fits = power.square().sum(planes).sqrt() * share <= limit.limit
+                low, high = torch.where(fits, factor, low), torch.where(fits, high, factor)
+            factor = high  # 1 where nothing had to be limited
+        if self.clip is not None:
+            angle = min(math.atan(self.clip) / (s or 1.0), math.pi / 2 - 1e-9)
+            factor = factor * (math.tan(angle) / (lam[..., -1] * factor).clamp_min(1e-30)).clamp_max(1.0)
         return factor
 
     def lam(self) -> Tensor:
@@ -234,6 +263,15 @@ class LayerRotation:
         limit = self._limit(replace(strength or Strength(), value=1.0), "cpu").expand(self.stages, self.stored)
         return transform(self.kind, self.terms).angle(self.lam() * limit.unsqueeze(-1))
 
+    def reach(self, strength: Strength) -> float:
+        """Largest angle in radians of any plane at a strength (mode rotation or geodesic), limits applied."""
+        s = abs(strength.value)
+        if self.kind == "matrix":
+            top = s * float(self.spectrum().planes.max())
+            return min(top, torch.pi * strength.coft / 180) if isinstance(strength.coft, float) else top
+        angle, lam = transform(self.kind, self.terms).angle, self.largest_lam() * self._limit(strength, "cpu")
+        return float((s * angle(lam) if strength.mode == "geodesic" else angle(s * lam)).max())
+
     def orthogonality_error(self) -> float:
         """max |M^T M - I| over all blocks at strength 1. Cached."""
         if "error" not in self._cache:
@@ -254,7 +292,15 @@ class LayerRotation:
                 "Mode 'core' repeats ComfyUI's own loader, which does not read this dialect", file=file, module=module,
                 hint="Choose rotation, geodesic or linear.",
             )
-        if strength.mode in ("linear", "core") or strength.value in (0.0, 1.0):
+        powers = strength.mode not in ("linear", "core") and strength.value not in (0.0, 1.0)
+        if self.kind == "matrix" and strength.value and (powers or _limited(self, strength)) and not self._as_product(strength):
+            if float(self.spectrum().planes.max()) > _AMBIGUOUS:
+                raise StrengthError(
+                    "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined, without a limit in degrees",
+                    file=file, module=module, found=f"strength {strength.value:g}, COFT {strength.coft}",
+                    hint="Use mode 'linear' for other strengths.",
+                )
+        if not powers:
             return
         if self._as_product(strength):
             if self.axis > LONGEST_PRODUCT:
@@ -264,11 +310,6 @@ class LayerRotation:
                     expected=f"at most {LONGEST_PRODUCT}", hint="Use mode 'rotation', which scales every factor's generator.",
                 )
             return
-        if self.kind == "matrix" and float(self.spectrum().planes.max()) > _AMBIGUOUS:
-            raise StrengthError(
-                "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined",
-                file=file, module=module, found=strength.value, hint="Use mode 'linear' for other strengths.",
-            )
         if self.kind.startswith("neumann") and self.lam_bound() >= 1:
             lam = float((self.largest_lam() * self._limit(replace(strength, value=1.0), "cpu")).max())
             if lam >= 1:
@@ -569,10 +610,15 @@ def _core_constraint(layer: LayerRotation) -> Constraint:
     return Constraint("ComfyUI core, raw alpha", alpha if alpha and alpha > 0 else float("inf"), norm)
 
 
+def _limited(layer: LayerRotation, strength: Strength) -> bool:
+    """Whether a limit in degrees has to be put on finished matrices."""
+    return layer.kind == "matrix" and isinstance(strength.coft, float) and strength.coft < 180
+
+
 def _directly(layer: LayerRotation, strength: Strength) -> bool:
     """Whether M comes from the trainer's own formula rather than from invariant planes."""
     if strength.mode in ("linear", "core") or strength.value == 1:
-        return layer.kind != "matrix" or not isinstance(strength.coft, float)
+        return not _limited(layer, strength)
     if layer.kind == "matrix" or strength.mode == "geodesic":
         return False
     # A series inside its safe range is the polynomial of the scaled generator, the same number for less work.
@@ -605,7 +651,9 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
         if layer.kind == "matrix" and _directly(layer, strength):
             m = layer.matrix.to(where)
         else:
-            m = layer._matrices_from_planes(strength, where)
+            # In mode linear the strength mixes weights afterwards; the matrix is that of strength 1.
+            at = replace(strength, value=1.0) if strength.mode == "linear" else strength
+            m = layer._matrices_from_planes(at, where)
         out[i] = _built(layer, m, strength, target)
     for (block, kind, terms), members in groups.items():
         make = transform(kind, terms).matrix

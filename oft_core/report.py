@@ -134,7 +134,10 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         first = next(iter(binding.unmatched))
         warnings.append(f"{len(binding.unmatched)} layers found no place in this model, e.g. {first}")
     if strength is not None and strength.mode != "linear" and top is not None:
-        reach = _reach(top, strength)
+        if measures.estimated or strength.mode == "core":
+            reach = _reach(top, strength, held=any(u > 1 for u in uses))
+        else:
+            reach = math.degrees(max(r.reach(strength) for r in rotations))
         if reach > 120:
             warnings.append(f"At this strength planes turn by up to {reach:.0f}°; above 120° pictures tend to break.")
     if any(r.row_scale is not None and not r.norm_of and float(r.row_scale.min()) <= 0 for r in rotations):
@@ -233,11 +236,13 @@ def _estimate(rotations: list[LayerRotation], strength: Strength | None) -> _Mea
     return _Measures(math.degrees(top), math.degrees(total / planes), True, error)
 
 
-def _reach(top: float, strength: Strength) -> float:
+def _reach(top: float, strength: Strength, held: bool) -> float:
+    """Largest angle in degrees at a strength, from that at strength 1.   held: whether a limit of the file is reached there."""
     s = abs(strength.value)
-    if strength.mode == "geodesic":
-        return s * top
-    return math.degrees(2 * math.atan(s * math.tan(math.radians(min(top, 179.9)) / 2)))
+    if strength.coft == "hold" and held:
+        return top
+    reach = s * top if strength.mode == "geodesic" else math.degrees(2 * math.atan(s * math.tan(math.radians(min(top, 179.9)) / 2)))
+    return min(reach, strength.coft) if isinstance(strength.coft, float) else reach
 
 
 def _base_model(adapter: Adapter) -> str:

@@ -206,8 +206,10 @@ def test_a_stored_half_turn_has_no_power() -> None:
     flip[0, 0, 0, 0] = flip[0, 0, 1, 1] = -1
     layer = LayerRotation("out", 4, 12, kind="matrix", matrix=flip)
     layer.check_strength(Strength(1.0))
-    with pytest.raises(StrengthError, match="180"):
-        layer.check_strength(Strength(0.5))
+    layer.check_strength(Strength(0.5, "linear", 180.0))
+    for strength in (Strength(0.5), Strength(1.0, "rotation", 90.0), Strength(0.5, "linear", 90.0)):
+        with pytest.raises(StrengthError, match="180"):
+            layer.check_strength(strength)
 
 
 # ------------------------------------------------------------------ COFT
@@ -237,6 +239,28 @@ def test_file_limit_acts_before_strength_and_hold_after(smooth: bool) -> None:
     assert float(free) == pytest.approx(float(layer.constraint.norm), rel=1e-4)
 
 
+@pytest.mark.parametrize("s", [0.4, -1.0, 2.0, 5.0])
+@pytest.mark.parametrize("per_block", [False, True])
+def test_hold_limits_the_generator_of_a_power(per_block: bool, s: float) -> None:
+    """Geodesic multiplies angles, so the generator of the power is not the generator times the strength."""
+    layer = limited(0.5, per_block=per_block)
+    norms = generator_norm(dense(layer, Strength(s, "geodesic", "hold")))
+    free = generator_norm(dense(layer, Strength(s, "geodesic", "off")))
+    if per_block:
+        assert (norms - free.clamp_max(0.5)).abs().max() < 1e-4
+    else:
+        assert norms.norm() == pytest.approx(min(0.5, float(free.norm())), rel=1e-4)
+
+
+@pytest.mark.parametrize("s", [0.5, 3.0])
+def test_hold_limits_a_clipped_power(s: float) -> None:
+    layer = replace(EXACT["out"], clip=0.4, _cache={})
+    m = dense(layer, Strength(s, "geodesic", "hold"))
+    top = math.tan(math.acos(float(torch.linalg.eigvals(m).real.min())) / 2)
+    want = 0.4 if s > 1 else math.tan(s * math.atan(0.9))
+    assert top == pytest.approx(min(0.4, want), abs=1e-4)
+
+
 def test_limit_per_block() -> None:
     layer = limited(0.5, per_block=True)
     norms = generator_norm(dense(layer, Strength(1.0)))
@@ -254,10 +278,24 @@ def test_degrees_cap_the_largest_angle(mode: str) -> None:
     assert (wide - dense(layer, Strength(1.0, mode))).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("s", [3.0, -3.0])
-def test_degrees_hold_at_any_strength(s: float) -> None:
-    m = dense(EXACT["in"], Strength(s, "rotation", 25.0))
-    assert math.degrees(math.acos(float(torch.linalg.eigvals(m).real.min()))) == pytest.approx(25.0, abs=0.05)
+@pytest.mark.parametrize("mode", ["rotation", "geodesic"])
+@pytest.mark.parametrize("name", ["in", "expm", "finished"])
+@pytest.mark.parametrize(("s", "degrees"), [(3.0, 25.0), (-3.0, 25.0), (1.5, 100.0), (0.5, 35.0), (0.5, 120.0)])
+def test_degrees_hold_at_any_strength(name: str, mode: str, s: float, degrees: float) -> None:
+    layer = EXACT[name]
+    m = dense(layer, Strength(s, mode, degrees))
+    turned = math.degrees(math.acos(float(torch.linalg.eigvals(m).real.min())))
+    free = math.degrees(replace(layer, _cache={}).reach(Strength(s, mode)))
+    assert turned == pytest.approx(min(degrees, free), abs=0.05)
+    assert math.degrees(layer.reach(Strength(s, mode, degrees))) == pytest.approx(turned, abs=0.05)
+
+
+@pytest.mark.parametrize("s", [0.5, -1.0, 2.0])
+def test_a_limit_on_finished_matrices_leaves_linear_linear(s: float) -> None:
+    layer, eye = EXACT["finished"], torch.eye(N, dtype=torch.float64)
+    for degrees in (30.0, 179.0):
+        whole = dense(layer, Strength(1.0, "linear", degrees))
+        assert (dense(layer, Strength(s, "linear", degrees)) - (eye + s * (whole - eye))).abs().max() < 2e-6
 
 
 def test_spectral_clip() -> None:
