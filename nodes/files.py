@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 
 import folder_paths
+from safetensors import SafetensorError, safe_open
 
 from ..oft_core.training import ConfigError
 from . import folders
+
+# Metadata of a file that a training wrote: which run's it is.
+RUN = "oft_run"
 
 
 def new_file(prefix: str, root: str) -> Path:
@@ -26,3 +30,12 @@ def listed(path: Path) -> str:
         if os.path.commonpath((os.path.abspath(root), os.path.abspath(path))) == os.path.abspath(root):
             return os.path.relpath(path, root)
     return str(path)
+
+
+def header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty if there is no such file or it cannot be read."""
+    try:
+        with safe_open(path, "pt") as f:
+            return dict(f.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}

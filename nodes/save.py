@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..oft_core.errors import FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
 from . import compat, folders, host
-from .files import listed, new_file
+from .files import RUN, listed, new_file
 from .inputs import CATEGORY, OFTAdapter
 
 AS_IS = "as it is"
@@ -98,7 +99,7 @@ def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
             hint="Choose a dialect and connect the model.",
         )
     with safe_open(adapter.path, "pt") as f:
-        metadata = dict(f.metadata() or {})
+        metadata = _carried(f.metadata() or {})
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
     tensors = {
         k: (t.to(dtype) if t.is_floating_point() and t.numel() > 1 else t).contiguous()
@@ -135,9 +136,15 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
         place[patch.key] = patch.op
     target = path.with_suffix("") if dialect == "peft" else path
     own = host.own_weights(model, clip)
+    metadata = _carried(adapter.metadata)
     return write_adapter(
-        layers, index, target, dialect, beside=beside, base=own, metadata=adapter.metadata, dtype=dtype
+        layers, index, target, dialect, beside=beside, base=own, metadata=metadata, dtype=dtype
     )
+
+
+def _carried(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata for a copy, which is not the training's own file: that run must not write over it."""
+    return {k: v for k, v in metadata.items() if k != RUN}
 
 
 NODES = (OFTSave,)

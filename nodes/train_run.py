@@ -27,7 +27,7 @@ from ..oft_core.training import ConfigError, Progress, Record, Trainer, Training
 from ..oft_core.training.checkpoint import saved_states
 from . import folders, train_host, train_mode
 from .dataset import TrainingSet, from_pillow, to_pillow
-from .files import listed, new_file
+from .files import RUN, header, listed, new_file
 from .train_host import HostModel
 from .train_identity import file_hash, identity, model_file
 from .train_mode import Stopped
@@ -117,8 +117,9 @@ class Run:
             return None
         try:
             saved = json.loads(self.result_file.read_text("utf-8"))
-            path = Path(saved["file"])
-            if not path.is_file():
+            path = self._file()
+            # Also written again where the same run was begun anew and stopped on the way.
+            if header(path).get("ss_steps") != str(saved["steps"]):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomically(path, lambda part: shutil.copyfile(self.folder / saved["copy"], part))
             samples = [from_pillow(Image.open(self.folder / s)) for s in saved["samples"]]
@@ -127,6 +128,8 @@ class Run:
             log.warning("OFT: an earlier result cannot be used, training again: %s", error)
             return None
         report = saved["report"] + "\nThe same inputs were trained before; nothing was trained again."
+        if listed(path) not in saved["report"]:
+            report += f" The file is now {listed(path)}."
         return Outcome(adapter, torch.cat(samples), saved["losses"], report, listed(path))
 
     # --- the run ---
@@ -202,7 +205,6 @@ class Run:
         write_json(
             self.result_file,
             {
-                "file": str(self.path),
                 "copy": copy.name,
                 "losses": result.losses,
                 "report": report,
@@ -283,16 +285,27 @@ class Run:
 
     # --- files ---
 
+    @property
+    def mark(self) -> str:
+        """How this run's file is known again: the run and its number of steps."""
+        return f"{self.key} {self.plan.settings.steps}"
+
     def _file(self) -> Path:
-        """The file of this run: the same one again where a stopped run goes on."""
-        mark = self.folder / "files.json"
-        names = json.loads(mark.read_text("utf-8")) if mark.is_file() else {}
+        """The file of this run: the same one again where a stopped run goes on, unless another file has taken its place.
+
+        Numbers are given again once their files are deleted or moved. A file without a mark is not touched either: it
+        is of a version that wrote none, or of another tool, and what this run learnt is in its own folder.
+        """
+        remembered = self.folder / "files.json"
+        names = json.loads(remembered.read_text("utf-8")) if remembered.is_file() else {}
         key = f"{self.plan.settings.steps} {self.plan.name}"
-        if key not in names:
+        path = Path(names[key]) if key in names else None
+        if path is None or (os.path.lexists(path) and header(path).get(RUN) != self.mark):
             root = folder_paths.get_folder_paths(folders.FOLDER)[0]
-            names[key] = str(new_file(self.plan.name, root))
-            write_json(mark, names)
-        return Path(names[key])
+            path = new_file(self.plan.name, root)
+            names[key] = str(path)
+            write_json(remembered, names)
+        return path
 
     def _write(self, path: Path) -> Adapter:
         adapter, self.dialect = self.host.write(self.bank, self.trainer.values(), str(path), self._metadata())
@@ -335,6 +348,7 @@ class Run:
             "ss_tag_frequency": json.dumps({"captions": {c: 1 for c in captions[:200]}}),
             "oft_settings": json.dumps(settings, default=str),
             "oft_model": json.dumps(self.identity),
+            RUN: self.mark,
             "oft_losses": json.dumps([round(x, 5) for x in losses[:: max(1, len(losses) // 500)]]),
         }
 

@@ -984,6 +984,65 @@ def more_steps_go_on():
 
 
 @check
+def a_runs_file_is_known_again():
+    """A number is given again once its file is gone: the file of another run is neither put out nor written over."""
+    fresh_user()
+    wanted = {"steps": 2, "name": "training/own"}
+    first = go(a_run(**wanted))
+    path, values = Path(first.adapter.path), learnt(first)
+
+    def taken_by(**options):
+        """Another run gets the number of the file, which is deleted."""
+        path.unlink()
+        assert Path(go(a_run(**{**wanted, **options})).adapter.path) == path
+        return path.read_bytes()
+
+    for options in ({"seed": 8}, {"steps": 3}):
+        theirs = taken_by(**options)
+        again = go(a_run(**wanted))
+        assert "nothing was trained again" in again.report and again.name in again.report
+        same(learnt(again), values)
+        assert Path(again.adapter.path) != path and path.read_bytes() == theirs
+        assert go(a_run(**wanted)).name == again.name, "the new place is not remembered"
+        path = Path(again.adapter.path)
+    # Deleted, and the place is free.
+    path.unlink()
+    same(learnt(go(a_run(**wanted))), values)
+    assert path.is_file()
+    # What a user saved in its place, from this very adapter.
+    with torch.inference_mode():
+        kept = {"name": "training/copy", "dialect": save.AS_IS, "precision": "fp16", "folder": "oft"}
+        copied = save.OFTSave.execute(adapter=again.adapter, **kept).args[0]
+    os.replace(folders.find(copied), path)
+    same(learnt(go(a_run(**wanted))), values)
+    assert any(t.dtype == torch.float16 for t in load_file(path).values()), "the copy was written over"
+
+
+@check
+def a_stopped_run_does_not_write_over_another_runs_file():
+    fresh_user()
+    wanted = {"steps": 3, "name": "training/begun"}
+    with stopped_at(1), contextlib.suppress(train_mode.Stopped):
+        begun = a_run(**wanted)
+        go(begun)
+    begun.path.unlink()
+    other = go(a_run(seed=8, **wanted))
+    assert Path(other.adapter.path) == begun.path
+    theirs = begun.path.read_bytes()
+    rest = a_run(**wanted)
+    outcome = go(rest)
+    assert rest.resumed == 1 and rest.path != begun.path and begun.path.read_bytes() == theirs
+    assert Path(outcome.adapter.path) == rest.path
+    # Begun anew where it was completed, and stopped: its result is the whole one again.
+    with stopped_at(1), contextlib.suppress(train_mode.Stopped):
+        anew = a_run(**wanted, resume=False, config={"sample_steps": 1})
+        go(anew)
+    assert anew.path == rest.path and files.header(rest.path)["ss_steps"] == "1"
+    same(learnt(go(a_run(**wanted))), learnt(outcome))
+    assert files.header(rest.path)["ss_steps"] == "3"
+
+
+@check
 def out_of_memory_is_clear_and_keeps_the_state():
     fresh_user()
     model = parts("sd15")[0]
