@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from ..oft_core import Adapter, Diff, LayerRotation
 from ..oft_core.atomic import atomically
-from ..oft_core.errors import FormatError
+from ..oft_core.errors import FileError, FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
 from . import compat, folders, host
@@ -23,6 +24,8 @@ from .files import RUN, listed, new_file
 from .inputs import CATEGORY, OFTAdapter
 
 AS_IS = "as it is"
+# Formats whose files do not say themselves how the rotations are built and limited.
+PEFT_DIALECTS = ("F6", "F7", "F8", "F9", "F10")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TIPS = {
     "adapter": "The adapter to write.",
@@ -91,7 +94,7 @@ class OFTSave(io.ComfyNode):
 
 
 def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
-    """The adapter's own file again, numbers in another precision."""
+    """The adapter's own file again, numbers in another precision; a folder if PEFT's config belongs to it."""
     if not os.path.isfile(adapter.path) or not adapter.path.endswith(".safetensors"):
         raise FormatError(
             "The file that this adapter was read from is not there any more",
@@ -105,9 +108,30 @@ def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
         k: (t.to(dtype) if t.is_floating_point() and t.numel() > 1 else t).contiguous()
         for k, t in tensors.items()
     }
+    config = _peft_config(adapter)
+    if config is not None:
+        path = path.with_suffix("") / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        atomically(path.parent / folders.CONFIG, lambda part: Path(part).write_bytes(config))
     atomically(path, lambda part: save_file(tensors, part, metadata or None))
     return path
+
+
+def _peft_config(adapter: Adapter) -> bytes | None:
+    """PEFT's config beside the adapter's file, which says how to build the rotations; None if it is not for this file.
+
+    Raises FileError if it cannot be read.
+    """
+    config = Path(adapter.path).parent / folders.CONFIG
+    if adapter.dialect not in PEFT_DIALECTS or not config.is_file():
+        return None
+    raw = config.read_bytes()
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except ValueError as error:
+        raise FileError("PEFT's config beside the file cannot be read", file=config, found=str(error)) from error
+    return raw if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT") else None
 
 
 def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, dtype: torch.dtype) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -42,7 +43,7 @@ if "comfyui_oft" in sys.modules:
         train_store,
     )
     from comfyui_oft.oft_core import AdapterError, Diff, Strength
-    from comfyui_oft.oft_core.errors import FormatError
+    from comfyui_oft.oft_core.errors import FileError, FormatError
     from comfyui_oft.oft_core.training import (
         ConfigError,
         OFTConfig,
@@ -50,7 +51,7 @@ if "comfyui_oft" in sys.modules:
         TrainingError,
     )
     from PIL import Image
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     folders.register()
 
@@ -1417,6 +1418,48 @@ def saves_in_other_dialects():
     raises(ConfigError, lambda: saved(name="../../outside"), "name")
     inside = saved(folder="output")
     assert (Path(folder_paths.get_output_directory()) / inside).is_file()
+
+
+@check
+def a_copy_of_a_peft_folder_keeps_its_config():
+    """Without it the same numbers are other rotations."""
+    root = Path(folder_paths.get_folder_paths(folders.FOLDER)[0])
+    layer = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    g = torch.Generator().manual_seed(0)
+    oft = {f"{layer}.oft_R.weight": torch.randn(4, 28, generator=g) * 0.3}
+    boft = {f"{layer}.boft_R": torch.randn(1, 4, 8, 8, generator=g) * 0.1, f"{layer}.boft_s": torch.ones(32, 1)}
+    kohya = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.oft_R.weight": oft[f"{layer}.oft_R.weight"]}
+    exact = {"peft_type": "OFT", "peft_version": "0.18.0", "use_cayley_neumann": False, "coft": True, "eps": 0.05}
+
+    def rotation(adapter):
+        return next(iter(adapter.operations().values()))[0].op.build(Strength(), torch.device("cpu")).matrices
+
+    def saved(adapter, **more):
+        options = {"name": "copy/x", "dialect": save.AS_IS, "precision": "fp32", "folder": "oft", **more}
+        with torch.inference_mode():
+            return save.OFTSave.execute(adapter=adapter, **options).args[0]
+
+    for name, tensors, config in (("oft", oft, exact), ("boft", boft, {"peft_type": "BOFT"})):
+        folder = root / "peft" / name
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        first = folders.read(f"peft/{name}/adapter_model.safetensors")
+        for other in (saved(first), saved(first)):
+            assert other in folders.names() and other.endswith("_/adapter_model.safetensors"), other
+            assert torch.equal(rotation(folders.read(other)), rotation(first)), name
+            assert json.loads((root / other).with_name("adapter_config.json").read_text("utf-8")) == config
+    inside = Path(folder_paths.get_output_directory()) / saved(first, folder="output")
+    assert inside.is_file() and (inside.parent / "adapter_config.json").is_file()
+    # A file of another tool in the same folder has no use for it.
+    save_file(kohya, root / "peft" / "oft" / "other.safetensors")
+    assert saved(folders.read("peft/oft/other.safetensors")).endswith("_.safetensors")
+    # Files of PEFT that were moved out of their folders stay single files.
+    save_file(oft, root / "alone.safetensors")
+    assert saved(folders.read("alone.safetensors")).endswith("_.safetensors")
+    (root / "peft" / "oft" / "adapter_config.json").write_bytes(b"{")
+    first.path = str(root / "peft" / "oft" / "adapter_model.safetensors")
+    raises(FileError, lambda: saved(first), "adapter_config.json")
 
 
 @check
