@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,6 +230,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+#: What torch's unpickler is seen to raise for damaged files, beside its own refusals.
+_UNPICKLING = (
+    pickle.UnpicklingError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error,
+)
+
+
 def _read_pickle(path: Path, options: ReadOptions) -> dict[str, Tensor]:
     if not options.allow_pickle:
         raise FileError(
@@ -237,11 +244,12 @@ def _read_pickle(path: Path, options: ReadOptions) -> dict[str, Tensor]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise FileError("The pickle is damaged or holds more than tensors, and is refused", file=path, found=reason) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise FileError("The file is damaged or not a pickle", file=path, found=str(error).splitlines()[0]) from error
+    except _UNPICKLING as error:
+        what = "The pickle is damaged or holds more than tensors, and is refused"
+        if not isinstance(error, pickle.UnpicklingError):
+            what = "The file is damaged or not a pickle"
+        reason = (str(error).splitlines() or [""])[0]
+        raise FileError(what, file=path, found=reason or type(error).__name__) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping):

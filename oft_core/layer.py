@@ -293,13 +293,13 @@ class LayerRotation:
                 hint="Choose rotation, geodesic or linear.",
             )
         powers = strength.mode not in ("linear", "core") and strength.value not in (0.0, 1.0)
-        if self.kind == "matrix" and strength.value and (powers or _limited(self, strength)) and not self._as_product(strength):
-            if float(self.spectrum().planes.max()) > _AMBIGUOUS:
-                raise StrengthError(
-                    "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined, without a limit in degrees",
-                    file=file, module=module, found=f"strength {strength.value:g}, COFT {strength.coft}",
-                    hint="Use mode 'linear' for other strengths.",
-                )
+        turned = self.kind == "matrix" and strength.value and (powers or _limited(self, strength)) and not self._as_product(strength)
+        if turned and float(self.spectrum().planes.max()) > _AMBIGUOUS:
+            raise StrengthError(
+                "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined, without a limit in degrees",
+                file=file, module=module, found=f"strength {strength.value:g}, COFT {strength.coft}",
+                hint="Use mode 'linear' for other strengths.",
+            )
         if not powers:
             return
         if self._as_product(strength):

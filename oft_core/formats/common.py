@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -87,6 +88,18 @@ class Context:
             return {}
         return value if isinstance(value, dict) else {}
 
+    def number(self, name: str, value: object, default: float) -> float:
+        """A number from a config or from metadata, finite; ``default`` for null. Raises FormatError for anything else."""
+        if value is None:
+            return default
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise FormatError(f"'{name}' is not a number", file=self.file, found=repr(value)[:80], expected="a finite number")
+        return number
+
     @property
     def trainer_metadata(self) -> bool:
         """Whether a kohya-style or LyCORIS trainer left its metadata."""
@@ -142,6 +155,13 @@ class Module:
 
     def format_error(self, message: str, found: object = None, expected: object = None) -> FormatError:
         return FormatError(message, file=self.context.file, module=self.name, found=found, expected=expected)
+
+
+def series_terms(number: float | None, context: Context) -> int:
+    """Number of terms of a Cayley-Neumann series, 5 if the file does not say. Raises FormatError outside of 1 ... 1,000."""
+    if number is not None and not 1 <= number <= 1000:
+        raise FormatError("This is no number of terms for a Neumann series", file=context.file, found=f"{number:g}", expected="1 to 1000")
+    return 5 if number is None else int(number)
 
 
 def skew_pack(a: Tensor, half: bool = False) -> Tensor:

@@ -24,7 +24,7 @@ def alpha_of(module: Module) -> float | None:
             text = context.json("ss_network_args").get("constraint")
         try:
             alpha = float(text or 0)
-        except ValueError:
+        except (TypeError, ValueError):
             alpha = 0.0
         if alpha:
             context.note(f"The constraint is stored as 0 (lost to half precision); taken from the metadata: {alpha:g}.")

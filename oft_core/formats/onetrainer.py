@@ -12,7 +12,7 @@ import torch
 
 from ..constraint import Constraint
 from ..layer import LayerRotation
-from .common import Maker, Module, Piece, block_count, conv_like, frobenius, truth
+from .common import Maker, Module, Piece, block_count, conv_like, frobenius, series_terms, truth
 
 #: OneTrainer dropped COFT on this day; its configs up to then may switch it on.
 COFT_EPS = 1e-4
@@ -20,6 +20,8 @@ COFT_EPS = 1e-4
 NEW_SERIES_SINCE = "2025-11-16"
 #: Until this day fork files with the ``scaled_oft`` marker divided by sqrt(b(b-1)/2).
 SCALED_SINCE = "2026-03-04"
+#: Numbers of a weight, far above any model's: two small factors of a damaged file can name more than any memory holds.
+LARGEST_WEIGHT = 1 << 28
 
 
 def flag(module: Module, suffix: str) -> bool:
@@ -70,7 +72,7 @@ def coft_limit(module: Module, packed: torch.Tensor, conv: bool) -> Constraint |
     else:
         config = module.context.json("ot_config")
         if truth(config.get("oft_coft")) and not conv:  # OneTrainer projected linear layers only
-            eps = float(config.get("coft_eps", COFT_EPS))
+            eps = module.context.number("coft_eps", config.get("coft_eps"), COFT_EPS)
     if eps is None:
         return None
     return Constraint("eps / sqrt(blocks), per block", eps / math.sqrt(packed.shape[1]), frobenius(packed, True))
@@ -82,7 +84,7 @@ def read_oft_v2(module: Module) -> Maker:
     packed, b = module.packed("oft_rotation.weight" if takenoko else "oft_R.weight")
     stored = packed.shape[1]
     exponential = "oft_R.cans_exp" in module
-    kind, terms = ("neumann_old" if old_series(module) else "neumann"), int(module.number("oft_R.neumann_terms") or 5)
+    kind, terms = ("neumann_old" if old_series(module) else "neumann"), series_terms(module.number("oft_R.neumann_terms") or None, module.context)
     if exponential:
         kind = "expm"
     elif flag(module, "oft_R.cans_oft"):
@@ -90,7 +92,7 @@ def read_oft_v2(module: Module) -> Maker:
     if takenoko:
         use = module.number("oft_use_cayley_neumann_buffer")
         kind = kind if use is None or use else "cayley"
-        terms = int(module.number("oft_num_cayley_neumann_terms_buffer") or 5)
+        terms = series_terms(module.number("oft_num_cayley_neumann_terms_buffer") or None, module.context)
     direction = -1.0 if takenoko and kind == "cayley" else 1.0
     clip = module.number("oft_R.clipped_oft")
     ratio, norm_of = dora_factor(module)
@@ -98,7 +100,7 @@ def read_oft_v2(module: Module) -> Maker:
     if columns is not None:
         columns = columns.reshape(-1)
         columns = (columns - columns.mean()).exp()
-    added = lokr_delta(module)
+    lokr = lokr_factors(module)
 
     def make(shape: Sequence[int] | None) -> list[Piece]:
         conv = conv_like(shape)
@@ -111,7 +113,8 @@ def read_oft_v2(module: Module) -> Maker:
         rotation = LayerRotation(
             "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
             constraint=coft_limit(module, packed, conv),
-            clip=clip, row_scale=ratio, norm_of=norm_of, added=added, col_scale=columns,
+            clip=clip, row_scale=ratio, norm_of=norm_of, added=None if lokr is None else lokr_delta(module, *lokr, shape),
+            col_scale=columns,
         )
         return [Piece(rotation)]
 
@@ -127,7 +130,10 @@ def dora_factor(module: Module) -> tuple[torch.Tensor | None, str]:
     if "dora_scale" in module:
         factor = module.row_factors("dora_scale")
         if "initial_norm" in module:
-            factor = factor / module.row_factors("initial_norm").clamp_min(1e-12)
+            norm = module.row_factors("initial_norm")
+            if norm.shape != factor.shape:
+                raise module.shape_error("'dora_scale' and 'initial_norm' are of different length", factor.numel(), norm.numel())
+            factor = factor / norm.clamp_min(1e-12)
         else:
             norm_of = "base"
     for suffix in ("dora_log_multiplier", "dora_log_multiplier_row"):
@@ -140,10 +146,10 @@ def dora_factor(module: Module) -> tuple[torch.Tensor | None, str]:
     return factor, norm_of
 
 
-def lokr_delta(module: Module) -> torch.Tensor | None:
-    """DoKr-OFT: the Kronecker product (out, ...) that is added to the weight before it is rotated; None without one.
+def lokr_factors(module: Module) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """DoKr-OFT: the two factors of the Kronecker product that is added before the rotation, and its scale; None without one.
 
-    Its ``alpha`` is LoKr's: over the rank of the second factor, and without effect where that factor is whole.
+    ``alpha`` is LoKr's: over the rank of the second factor, and without effect where that factor is whole.
     """
 
     def factor(name: str) -> tuple[torch.Tensor | None, int | None]:
@@ -153,6 +159,10 @@ def lokr_delta(module: Module) -> torch.Tensor | None:
         a, c = module.get(f"{name}_a"), module.get(f"{name}_b")
         if a is None or c is None:
             return None, None
+        if min(a.ndim, c.ndim) < 2 or a.shape[1:].numel() != c.shape[0]:
+            raise module.shape_error(
+                f"'{name}_a' and '{name}_b' do not fit together", f"{tuple(a.shape)} and {tuple(c.shape)}", "(n, rank) and (rank, m)"
+            )
         return (a.flatten(1) @ c.flatten(1)).view(a.shape[0], *c.shape[1:]), c.shape[0]
 
     first, _ = factor("lokr_w1")
@@ -165,7 +175,19 @@ def lokr_delta(module: Module) -> torch.Tensor | None:
             expected="lokr_w1 and lokr_w2, whole or as _a and _b",
         )
     alpha = module.number("alpha")
-    scale = 1.0 if rank is None or alpha is None else alpha / rank
+    return first, second, 1.0 if rank is None or alpha is None else alpha / rank
+
+
+def lokr_delta(
+    module: Module, first: torch.Tensor, second: torch.Tensor, scale: float, shape: Sequence[int] | None
+) -> torch.Tensor:
+    """The Kronecker product (out, ...). Raises ShapeError if a weight of ``shape``, or without one any layer, cannot take it."""
+    count = first.numel() * second.numel()
+    if count > LARGEST_WEIGHT if shape is None else count != math.prod(shape):
+        raise module.shape_error(
+            "The LoKr part does not fit the layer", f"factors {tuple(first.shape)} and {tuple(second.shape)}",
+            f"a product of at most {LARGEST_WEIGHT} numbers" if shape is None else f"a product of the weight's shape {tuple(shape)}",
+        )
     if first.ndim < second.ndim:
         first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
     return torch.kron(first, second.contiguous()) * scale

@@ -17,6 +17,7 @@ from .common import (
     block_count,
     conv_like,
     frobenius,
+    series_terms,
     side_length,
     skew_pack,
     truth,
@@ -28,7 +29,7 @@ DEFAULT_EPS = 6e-5
 def coft(context: Context) -> float | None:
     """eps of PEFT's constrained OFT, or None if the config does not switch it on."""
     config = context.config or {}
-    return float(config.get("eps", DEFAULT_EPS)) if truth(config.get("coft")) else None
+    return context.number("eps", config.get("eps"), DEFAULT_EPS) if truth(config.get("coft")) else None
 
 
 def shared(context: Context) -> bool:
@@ -100,7 +101,8 @@ def series(context: Context) -> tuple[str, int, str]:
         context.note("No adapter_config.json beside the file: PEFT's newer series and no COFT limit assumed (peft_neumann).")
     if config is not None and not truth(config.get("use_cayley_neumann", True)):
         return "cayley", 5, "F8" if old else "F9"
-    terms = int((config or {}).get("num_cayley_neumann_terms", 5))
+    name = "num_cayley_neumann_terms"
+    terms = series_terms(context.number(name, (config or {}).get(name), 5), context)
     return ("neumann_old" if old else "neumann"), terms, "F8" if old else "F9"
 
 

@@ -396,6 +396,22 @@ def test_pickles_only_on_request_and_never_code(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
+def test_damaged_pickles_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "cut.bin"
+    torch.save(SAMPLES["F15"][0], path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    torch.save(SAMPLES["F15"][0], path)
+    zipped = path.read_bytes()
+    damaged = [b"", b"hello", b"\x80\x02", b"<html>", old[:300], old[:40] + b"\xff" + old[41:], zipped[: len(zipped) // 2]]
+    damaged += [old[:n] + bytes([(old[n] + 1) % 256]) + old[n + 1 :] for n in range(0, 600, 7)]
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            load_adapter(path, ReadOptions(allow_pickle=True))
+        except AdapterError as error:
+            assert "cut.bin" in str(error)
+
+
 def test_peft_folder_with_config(tmp_path: Path) -> None:
     write(tmp_path, SAMPLES["F9"][0], "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "use_cayley_neumann": False, "peft_version": "0.19.0"}))
@@ -418,12 +434,55 @@ def test_peft_folder_with_config(tmp_path: Path) -> None:
         ({"oft_unet_x.oft_blocks.0": BLOCKS, "oft_unet_x.oft_blocks.2": BLOCKS}, "not complete"),
         ({"base_model.model.x.boft_R": rand(3, 3, 4, 4)}, "butterfly"),
         ({"lora_unet_x.oft_R.weight": PACKED, "lora_unet_x.lokr_w1": rand(2, 2)}, "LoKr"),
+        ({"lora_unet_x.oft_R.weight": PACKED, "lora_unet_x.lokr_w1": rand(300, 300), "lora_unet_x.lokr_w2": rand(300, 300)}, "LoKr.*numbers"),
+        (
+            {
+                "lora_unet_x.oft_R.weight": PACKED, "lora_unet_x.lokr_w1": rand(2, 2), "lora_unet_x.lokr_w2_a": rand(4, 3),
+                "lora_unet_x.lokr_w2_b": rand(2, 4),
+            },
+            "lokr_w2_a.*do not fit together",
+        ),
+        ({"lora_unet_x.oft_R.weight": PACKED, "lora_unet_x.dora_scale": rand(9, 1), "lora_unet_x.initial_norm": rand(5)}, "different length"),
     ],
 )
 def test_impossible_tensors(tensors: dict, words: str) -> None:
     with pytest.raises(AdapterError, match=words) as error:
         read_tensors(tensors, name="file.safetensors")
     assert "file.safetensors" in str(error.value) and "x" in str(error.value)
+
+
+@pytest.mark.parametrize("terms", [1e20, -3.0, float("nan")])
+def test_an_impossible_number_of_terms(terms: float) -> None:
+    tensors = {"lora_unet_x.oft_R.weight": PACKED, "lora_unet_x.oft_R.neumann_terms": torch.tensor(terms)}
+    with pytest.raises(AdapterError, match="file.safetensors"):
+        read_tensors(tensors, name="file.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"num_cayley_neumann_terms": [5]}, "num_cayley_neumann_terms"), ({"num_cayley_neumann_terms": 10**9}, "1 to 1000"),
+        ({"coft": True, "eps": "much"}, "eps"), ({"num_cayley_neumann_terms": None}, ""), ({"coft": True, "eps": None}, ""),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_peft_config(config: dict, word: str) -> None:
+    """null is the default, as in PEFT's own reading; what is no number is named."""
+    tensors, config = {"base_model.model.x.oft_R.weight": PACKED}, {"peft_type": "OFT", "peft_version": "0.19.0", **config}
+    if word:
+        with pytest.raises(AdapterError, match=word):
+            read_tensors(tensors, config=config)
+    else:
+        ((piece,),) = read_tensors(tensors, config=config).operations().values()
+        assert piece.op.terms == 5 and (piece.op.constraint is None) == ("coft" not in config)
+
+
+def test_metadata_of_other_kinds_than_numbers() -> None:
+    blocks = {"lora_unet_x.oft_blocks": rand(4, 6, 6), "lora_unet_x.alpha": torch.tensor(0.0)}
+    for constraint in ("[1]", '"much"', "null", "{}"):
+        adapter = read_tensors(blocks, {"ss_network_args": f'{{"constraint": {constraint}}}', "ss_network_module": "networks.oft"})
+        assert adapter.operations()["lora_unet_x"][0].op.constraint is None
+    with pytest.raises(AdapterError, match="coft_eps"):
+        read_tensors({"lora_unet_x.oft_R.weight": PACKED}, {"ot_config": '{"oft_coft": true, "coft_eps": "much"}'})
 
 
 def test_another_model_family() -> None:

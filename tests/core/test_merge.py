@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,14 @@ def test_the_module_runs_as_a_command(files: tuple[Path, Path, Path]) -> None:
         [sys.executable, "-m", "oft_core", "inspect", str(files[0])], cwd=REPO, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0 and "Diag-OFT" in result.stdout
+
+
+def test_redirected_output_is_utf_8_whatever_the_system_speaks(tmp_path: Path, files: tuple[Path, Path, Path]) -> None:
+    path = tmp_path / "猫.safetensors"
+    save_file(load_file(files[0]), path, {"modelspec.trigger_phrase": "小猫"})
+    run = subprocess.run(
+        [sys.executable, "-m", "oft_core", "inspect", str(path), "--json"], cwd=REPO, capture_output=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["trigger_words"] == ["小猫"]
