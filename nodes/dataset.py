@@ -34,8 +34,9 @@ TIPS = {
         "to use a folder."
     ),
     "masks": (
-        "Where to learn: white counts, black does not. One mask for every picture, in their order. In folders, "
-        "the transparency of a picture is its mask: transparent parts do not count."
+        "Where to learn: white counts, black does not. One mask for every picture, in their order. Load Image "
+        "gives white where a picture is transparent: invert that mask, or leave it unconnected. In folders, the "
+        "transparency of a picture is its mask: transparent parts do not count."
     ),
     "folder": (
         "A folder inside ComfyUI's input folder. A text file of the same name beside a picture is its caption. "
@@ -161,6 +162,23 @@ def _caption(text: str, trigger: str) -> str:
     return text
 
 
+def _check_mask(mask: Any, bucket: tuple[int, int], name: str, *, connected: bool) -> None:
+    """Raises ConfigError if nothing of a picture would count. connected: the mask is no transparency."""
+    if data.fitted(mask, bucket).getextrema()[1]:
+        return
+    what = "the mask is black" if connected else "the picture is transparent"
+    if mask.getextrema()[1]:
+        found = f"{what} in the {bucket[0]} x {bucket[1]} pixels that are cut from it"
+        hint = "Cut the picture yourself, so that what counts is in the middle."
+    elif connected:
+        found = f"{what} everywhere"
+        hint = "Load Image gives white where a picture is transparent: invert that mask, or leave it unconnected."
+    else:
+        found = f"{what} everywhere"
+        hint = "Leave the picture out, or save it without transparency."
+    raise ConfigError("Nothing of this picture would be learnt", file=name, found=found, hint=hint)
+
+
 def build(
     *,
     pictures: list[torch.Tensor] | None = None,
@@ -178,7 +196,8 @@ def build(
 ) -> TrainingSet:
     """Make a set. captions: one a picture, in order; shorter lists and empty ones fall back.
 
-    Raises ConfigError (no pictures, both sources, more captions or masks than pictures, unreadable files).
+    Raises ConfigError (no pictures, both sources, more captions or masks than pictures, unreadable files, or
+    a picture of which nothing counts).
     """
     trigger = trigger.strip()
     linked = pictures is not None
@@ -228,6 +247,8 @@ def build(
     for name, (picture, mask), line, text in zip(names, opened, given, beside, strict=True):
         bucket = data.nearest_bucket(picture.size, sizes)
         small += picture.size[0] < bucket[0] or picture.size[1] < bucket[1]
+        if mask is not None:
+            _check_mask(mask, bucket, name, connected=masks is not None)
         caption = _caption(line.strip() or text or instance_prompt, trigger)
         if linked or masks is not None:
             kept[name] = (picture, mask)

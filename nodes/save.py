@@ -130,7 +130,9 @@ def _peft_config(adapter: Adapter) -> bytes | None:
     try:
         content = json.loads(raw.decode("utf-8"))
     except ValueError as error:
-        raise FileError("PEFT's config beside the file cannot be read", file=config, found=str(error)) from error
+        raise FileError(
+            "PEFT's config beside the file cannot be read", file=config, found=str(error)
+        ) from error
     return raw if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT") else None
 
 

@@ -744,6 +744,38 @@ def masked_parts_do_not_count():
 
 
 @check
+def pictures_of_which_nothing_counts_are_refused():
+    import nodes
+
+    root = Path(folder_paths.get_input_directory())
+    Image.new("RGB", (64, 64), "red").save(root / "opaque.png")
+    whole = pictures(2)
+    with torch.inference_mode():
+        image, mask = nodes.LoadImage().load_image("opaque.png")
+    said = raises(ConfigError, lambda: a_set(pictures=[image], masks=[mask]), "picture 1", "invert that mask")
+    assert "black everywhere" in said
+    assert a_set(pictures=[image], masks=[1 - mask]).records[0].has_mask
+    masks = torch.ones(2, 64, 64)
+    masks[1] = 0
+    raises(ConfigError, lambda: a_set(pictures=[whole], masks=[masks]), "picture 2", "black everywhere")
+    raises(ConfigError, lambda: a_set(pictures=[whole], masks=[masks[1:]]), "picture 1", "black everywhere")
+    # White only where the picture is cut off.
+    edge = torch.zeros(1, 64, 136)
+    edge[..., :8] = 1
+    wide = {"pictures": [pictures(1, (64, 136))], "masks": [edge]}
+    raises(ConfigError, lambda: a_set(**wide, buckets=False), "picture 1", "64 x 64", "in the middle")
+    assert a_set(**wide, resolution=128).records[0].has_mask
+    # Transparency, over a link and in a folder.
+    clear = torch.cat([whole, masks.unsqueeze(-1)], -1)
+    said = raises(ConfigError, lambda: a_set(pictures=[clear]), "picture 2", "transparent everywhere")
+    assert "Load Image" not in said
+    (root / "clear").mkdir()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(root / "clear" / "a.png")
+    raises(ConfigError, lambda: a_set(folder="clear"), "a.png", "transparent everywhere")
+    assert a_set(folder="clear", masks=[masks[:1]]).records[0].has_mask, "a connected mask goes before it"
+
+
+@check
 def class_is_kept():
     fresh_user()
     of = a_set(class_prompt="a photo of a dog")
@@ -1428,7 +1460,8 @@ def a_copy_of_a_peft_folder_keeps_its_config():
     g = torch.Generator().manual_seed(0)
     oft = {f"{layer}.oft_R.weight": torch.randn(4, 28, generator=g) * 0.3}
     boft = {f"{layer}.boft_R": torch.randn(1, 4, 8, 8, generator=g) * 0.1, f"{layer}.boft_s": torch.ones(32, 1)}
-    kohya = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.oft_R.weight": oft[f"{layer}.oft_R.weight"]}
+    other_tool = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    kohya = {f"{other_tool}.oft_R.weight": oft[f"{layer}.oft_R.weight"]}
     exact = {"peft_type": "OFT", "peft_version": "0.18.0", "use_cayley_neumann": False, "coft": True, "eps": 0.05}
 
     def rotation(adapter):
