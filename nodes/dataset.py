@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from ..oft_core.training import ConfigError, Record, data
 from . import compat
+from .files import inside
 
 CATEGORY = "OFT"
 NO_FOLDER = "(none)"
@@ -123,7 +124,7 @@ def folder_path(name: str) -> Path:
     """The folder called `name` inside `input`. Raises ConfigError if it leads elsewhere or does not exist."""
     root = os.path.abspath(folder_paths.get_input_directory())
     path = os.path.abspath(os.path.join(root, name))
-    if os.path.isabs(name) or os.path.commonpath((root, path)) != root:
+    if os.path.isabs(name) or inside(path, root) is None:
         raise ConfigError(
             "The folder must lie inside ComfyUI's input folder", found=name, hint="Copy the pictures there."
         )

@@ -27,9 +27,18 @@ def new_file(prefix: str, root: str) -> Path:
 def listed(path: Path) -> str:
     """The path as the loader's list shows it."""
     for root in folder_paths.get_folder_paths(folders.FOLDER):
-        if os.path.commonpath((os.path.abspath(root), os.path.abspath(path))) == os.path.abspath(root):
-            return os.path.relpath(path, root)
+        if (name := inside(path, root)) is not None:
+            return name
     return str(path)
+
+
+def inside(path: str | os.PathLike, root: str | os.PathLike) -> str | None:
+    """The path as seen from the folder `root`, or None if it leads elsewhere."""
+    try:
+        name = os.path.relpath(os.path.abspath(path), os.path.abspath(root))
+    except ValueError:  # another drive, on Windows
+        return None
+    return None if name.split(os.sep)[0] == os.pardir else name
 
 
 def header(path: Path) -> dict[str, str]:

@@ -43,6 +43,11 @@ def names() -> list[str]:
     return folder_paths.get_filename_list(FOLDER)
 
 
+def reads(path: str) -> bool:
+    """Whether files with this name are opened at all."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
+
+
 def find(name: str) -> str | None:
     """Full path of the file called `name`, or None."""
     return folder_paths.get_full_path(FOLDER, name) if name else None

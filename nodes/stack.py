@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
 from ..oft_core.stack import Share, blend, holds_oft
 from . import compat, folders, host, inputs, runtime
+from .files import inside
 
 OFTStackType = io.Custom("OFT_STACK")
 LoraStackType = io.Custom("LORA_STACK")
@@ -103,10 +104,9 @@ def _described(rows: Sequence[Row], others: Sequence[tuple]) -> str:
 
 def listed_name(adapter: Adapter) -> str | None:
     """The name under which file lists show the adapter's file, or None if it is not from such a folder."""
-    path = os.path.abspath(adapter.path)
     for folder in folder_paths.get_folder_paths(folders.FOLDER):
-        name = os.path.relpath(path, os.path.abspath(folder))
-        if not name.startswith("..") and folders.find(name) is not None and os.path.isfile(path):
+        name = inside(adapter.path, folder)
+        if name is not None and folders.find(name) is not None and os.path.isfile(adapter.path):
             return name
     return None
 
@@ -126,7 +126,8 @@ def _from_lora_stack(
                 "lora_stack is not a list of (name, strength_model, strength_clip)", found=repr(entry)
             )
         path = folders.find(entry[0])
-        if path is None or not holds_oft(path):
+        # Other packs list LoRAs in formats that are not opened here.
+        if path is None or not folders.reads(path) or not holds_oft(path):
             others.append(tuple(entry))
             continue
         at_model, at_clip = (replace(at, value=float(s)) for s in entry[1:3])

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import ntpath
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from checks import REPO, check, run_checks, start_host
 
@@ -28,7 +30,7 @@ if "comfyui_oft" in sys.modules:
     import families
     import folder_paths
     import torch
-    from comfyui_oft.nodes import cache, compat, folders, host, load, schedule, track
+    from comfyui_oft.nodes import cache, compat, dataset, files, folders, host, load, schedule, stack, track
     from comfyui_oft.oft_core import (
         AdapterError,
         ModelMismatch,
@@ -1140,6 +1142,67 @@ def folders_are_merged():
     assert "mode" in check_file("in_loras.safetensors", "cubic") and "coft" in check_file(
         "in_loras.safetensors", "core", "many"
     )
+
+
+@check
+def folders_may_be_on_other_drives():
+    """Windows knows no way from one drive to another."""
+    drives = [r"C:\ComfyUI\models\oft", r"C:\ComfyUI\models\loras", r"D:\loras"]
+    windows = SimpleNamespace(path=ntpath, sep="\\", pardir="..")
+    there = SimpleNamespace(isfile=lambda p: True, isdir=lambda p: True)
+    kept = [(m, m.os) for m in (files, stack, dataset)]
+    before = folder_paths.get_folder_paths, folders.find, folder_paths.get_input_directory
+    try:
+        files.os = windows
+        stack.os = SimpleNamespace(path=there)
+        dataset.os = SimpleNamespace(path=SimpleNamespace(**{**vars(ntpath), **vars(there)}))
+        folder_paths.get_folder_paths = lambda name: drives
+        folder_paths.get_input_directory = lambda: r"C:\ComfyUI\input"
+        folders.find = lambda name: name
+        for path, name in (
+            (r"D:\loras\a\x.safetensors", r"a\x.safetensors"),
+            (r"c:\comfyui\models\oft\..x.safetensors", "..x.safetensors"),
+            (r"C:\ComfyUI\models\x.safetensors", None),
+            (r"E:\x.safetensors", None),
+        ):
+            assert files.listed(path) == (name or path), path
+            assert stack.listed_name(SimpleNamespace(path=path)) == name, path
+        assert dataset.folder_path("cats")
+        for elsewhere in ("D:cats", r"D:\cats", r"..\cats"):
+            try:
+                dataset.folder_path(elsewhere)
+                raise AssertionError(elsewhere)
+            except AdapterError as error:
+                assert "input folder" in str(error)
+    finally:
+        for module, own in kept:
+            module.os = own
+        folder_paths.get_folder_paths, folders.find, folder_paths.get_input_directory = before
+
+
+@check
+def stacks_hand_on_what_is_no_oft_file():
+    """Whatever its format: the LORA_STACK of another pack may list pickles, which are not opened."""
+    folders.register()
+    loras = Path(folder_paths.get_folder_paths("loras")[0])
+    for name in ("old.pt", "old.CKPT", "old.bin"):
+        torch.save({"a": torch.ones(1)}, loras / name)
+    save_file({"a.lora_up.weight": torch.ones(1)}, loras / "new.safetensors")
+    turns = {"lora_unet_x.oft_blocks": torch.zeros(2, 4, 4), "lora_unet_x.alpha": torch.tensor(0.0)}
+    save_file(turns, loras / "turns.SAFETENSORS")
+    given = [(n, 1.0, 0.5) for n in ("old.pt", "new.safetensors", "turns.SAFETENSORS", "old.CKPT", "old.bin")]
+    rows, written, others, text = run_node(stack.OFTStack, lora_stack=given).args
+    assert [row.name for row in rows] == ["turns.SAFETENSORS"]
+    assert others == [e for e in given if e[0] != "turns.SAFETENSORS"] and written == [*others, given[2]]
+    assert "old.pt, new.safetensors" in text
+    (loras / "new.safetensors").write_bytes(b"half")
+    try:
+        run_node(stack.OFTStack, lora_stack=given)
+        raise AssertionError("a damaged file is handed on")
+    except AdapterError as error:
+        assert "new.safetensors" in str(error)
+    finally:
+        (loras / "new.safetensors").unlink()
 
 
 @check
