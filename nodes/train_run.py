@@ -269,9 +269,17 @@ class Run:
         # Raises where the run was stopped on the page.
         self.bar.update_absolute(p.step, p.steps)
 
+    def _sample_names(self, step: int) -> list[str]:
+        """Names in the run's folder, one for every prompt. The same run may be asked for other samples later."""
+        plan = self.plan.samples
+        return [
+            f"samples/step{step:08d}-{i}-{digest(dataclasses.asdict(plan))[:8]}.png"
+            for i in range(len(plan.prompts))
+        ]
+
     def _sample(self, step: int, _: Any) -> None:
         """Sample pictures of the rotations that are active, shown on the node."""
-        known = [f"samples/step{step:08d}-{i}.png" for i in range(len(self.plan.samples.prompts))]
+        known = self._sample_names(step)
         if self.pictures and self.sample_files[-len(known) :] == known:
             return
         images = self.host.draw(self.plan.samples, self.dataset.main_bucket, self.plan.settings.batch_size)

@@ -1406,6 +1406,20 @@ def samples_and_saves_while_it_runs():
     assert train_run.loss_curve([1.0]).shape == train_run.loss_curve([0.5] * 9).shape
 
 
+@check
+def samples_of_other_settings_have_files_of_their_own():
+    """The run is the same, so its folder is: what was drawn for the first settings is put out for these again."""
+    fresh_user()
+    for options in ({"sample_prompts": "ohwx in snow"}, {"config": {"sample_steps": 3}}, {"sample_every": 1}):
+        first = go(a_run(steps=2))
+        other = a_run(steps=2, **options)
+        drawn = go(other)
+        assert other.resumed == 2, "trained again"
+        again = go(a_run(steps=2, **options))
+        assert "nothing was trained again" in again.report and torch.equal(again.samples, drawn.samples)
+        assert torch.equal(go(a_run(steps=2)).samples, first.samples), f"drawn over by {options}"
+
+
 # --- files and bad inputs -----------------------------------------------------------------------------------
 
 
