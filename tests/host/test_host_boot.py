@@ -13,6 +13,8 @@ from dev.server import PACK_FOLDER, ComfyServer
 from dev.workflows import FAMILIES, stock_parts, text_to_image, tiny_parts
 
 REPO = Path(__file__).resolve().parents[2]
+# Kinds of inputs that have a widget -> what its value is.
+VALUES = {"INT": (int,), "FLOAT": (int, float), "BOOLEAN": (bool,), "STRING": (str,), "COMBO": (str,)}
 OUR_NODE_FILES = sorted((REPO / "nodes").glob("*.py"))
 
 
@@ -82,6 +84,32 @@ def test_translations_are_served(client: Client) -> None:
 def test_example_workflows_are_in_the_menu(client: Client) -> None:
     names = sorted(f.stem for f in (REPO / "example_workflows").glob("*.json"))
     assert sorted(client.json("/workflow_templates").get(PACK_FOLDER, [])) == names
+
+
+def test_example_workflows_have_a_value_for_every_input(client: Client) -> None:
+    """Values of a saved graph belong to inputs by their order alone."""
+    info = client.object_info()
+    for file in (REPO / "example_workflows").glob("*.json"):
+        for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]:
+            if node["type"] not in info:  # notes, which only the page knows
+                assert node["type"] == "MarkdownNote", node["type"]
+                continue
+            specs = []
+            for group in info[node["type"]]["input"].values():
+                for kind, *options in group.values():
+                    own = options[0] if options else {}
+                    kind = "COMBO" if isinstance(kind, list) else kind
+                    if kind in VALUES and not own.get("forceInput"):
+                        specs.append((kind, own))
+                        if own.get("control_after_generate"):
+                            specs.append(("COMBO", {}))
+            values = node.get("widgets_values") or []
+            where = f"{file.name}, node {node['id']}: {node['type']} {values}"
+            assert len(values) == len(specs), where
+            for value, (kind, own) in zip(values, specs, strict=True):
+                assert type(value) in VALUES[kind], (where, value)
+                if kind in ("INT", "FLOAT"):
+                    assert own.get("min", value) <= value <= own.get("max", value), (where, value)
 
 
 # --- the harness itself ---
