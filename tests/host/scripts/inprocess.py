@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import ntpath
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,19 @@ if "comfyui_oft" in sys.modules:
     import families
     import folder_paths
     import torch
-    from comfyui_oft.nodes import cache, compat, dataset, files, folders, host, load, schedule, stack, track
+    from comfyui_oft.nodes import (
+        cache,
+        compat,
+        dataset,
+        files,
+        folders,
+        host,
+        load,
+        schedule,
+        stack,
+        track,
+        train,
+    )
     from comfyui_oft.oft_core import (
         AdapterError,
         ModelMismatch,
@@ -1090,6 +1103,29 @@ def entry_point_and_schemas():
         ).is_file()
     mode = next(i for i in nodes["OFT_Load"].GET_SCHEMA().inputs if i.id == "mode")
     assert "core" in mode.options and "ComfyUI's own" in mode.tooltip
+
+
+@check
+def advice_on_steps_is_the_guides():
+    """The tooltip and the help page, in both languages, name the guide's numbers, and its steps are the default."""
+
+    def numbers(text):
+        return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", text)]
+
+    guide = (REPO / "docs" / "training.md").read_text("utf-8")
+    usual = re.search(r"`subject`, (\d+) steps, learning rate ([\d.]+\d)", guide)
+    hurry = re.search(r"In a hurry: (\d+) steps at ([\d.]+\d)", guide)
+    steps, rate = (i for i in train.OFTTrain.GET_SCHEMA().inputs if i.id in ("steps", "learning_rate"))
+    assert [steps.default, rate.default] == numbers(usual[0]), usual[0]
+    expected = [5.0, 20.0, steps.default, *numbers(hurry[0])]  # for 5 to 20 pictures
+    said = {}
+    for lang, page in (("en", "OFT_Train.md"), ("zh", "OFT_Train/zh.md")):
+        texts = json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8"))
+        said[f"tooltip {lang}"] = texts["OFT_Train"]["inputs"]["steps"]["tooltip"]
+        rows = (REPO / "web" / "docs" / page).read_text("utf-8").splitlines()
+        said[f"page {lang}"] = next(row for row in rows if row.startswith("| `steps`"))
+    for where, text in said.items():
+        assert sorted(numbers(text)) == sorted(expected), (where, text, expected)
 
 
 @check
