@@ -77,7 +77,10 @@ CONFIG_TIPS = {
     "blocks": "Number of blocks of every layer, instead of a block size (PEFT's r). 0: use the block size.",
     "spectral_clip": "Largest singular value of a block's generator; 0: none.",
     "angle_cap": "No plane turns further than this many degrees, unless coft = angle; 180: no limit.",
-    "optimizer": "Optimizers other than adamw and adafactor need their package in ComfyUI's Python.",
+    "optimizer": (
+        "adamw is the safe choice. prodigy wants learning rate 1, lion a third of adamw's, came a tenth. All but "
+        "adamw and adafactor need their package in ComfyUI's Python."
+    ),
     "optimizer_args": 'Arguments of the optimizer, as JSON: {"betas": [0.9, 0.99]}.',
     "schedule": "Of the learning rate after the warm-up.",
     "warmup": "Steps in which the learning rate rises.",

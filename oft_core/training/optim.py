@@ -20,26 +20,21 @@ class Choice:
     module: str
     name: str
     package: str
-    text: str
     #: arguments that fit small rotation parameters, unless the user gives others
     defaults: tuple[tuple[str, object], ...] = ()
 
+
 OPTIMIZERS: dict[str, Choice] = {
-    "adamw": Choice("torch.optim", "AdamW", "torch", "The safe choice."),
-    "adamw8bit": Choice("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", "AdamW with 8-bit state; saves little with small blocks."),
+    "adamw": Choice("torch.optim", "AdamW", "torch"),
+    "adamw8bit": Choice("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     "prodigy": Choice(
-        "prodigyopt", "Prodigy", "prodigyopt", "Finds the learning rate itself; set the learning rate to 1.",
-        (("safeguard_warmup", True), ("use_bias_correction", True)),
-    ),
+        "prodigyopt", "Prodigy", "prodigyopt", (("safeguard_warmup", True), ("use_bias_correction", True))
+    ),  # learning rate 1
     # Its steps are a share of the parameter's own size, at least of the second eps: rotations start at 0.
-    "adafactor": Choice("torch.optim", "Adafactor", "torch (2.5 or newer)", "AdamW with less state.", (("eps", (None, 1.0)),)),
-    "came": Choice(
-        "came_pytorch", "CAME", "came-pytorch", "Adafactor with a confidence measure; use a tenth of AdamW's learning rate."
-    ),
-    "lion": Choice("lion_pytorch", "Lion", "lion-pytorch", "Sign updates; use a third of AdamW's learning rate."),
-    "schedulefree": Choice(
-        "schedulefree", "AdamWScheduleFree", "schedulefree", "AdamW that needs no schedule; use with the constant schedule."
-    ),
+    "adafactor": Choice("torch.optim", "Adafactor", "torch (2.5 or newer)", (("eps", (None, 1.0)),)),
+    "came": Choice("came_pytorch", "CAME", "came-pytorch"),  # learning rate a tenth of AdamW's
+    "lion": Choice("lion_pytorch", "Lion", "lion-pytorch"),  # a third
+    "schedulefree": Choice("schedulefree", "AdamWScheduleFree", "schedulefree"),  # with the constant schedule
 }
 SCHEDULES = ("constant", "linear", "cosine")
 
