@@ -172,15 +172,21 @@ def index_of(model: Any | None, clip: Any | None) -> HostIndex:
 
 
 def own_weights(model: Any | None, clip: Any | None) -> Callable[[str], torch.Tensor]:
-    """Parameter key -> the model's own value of it, without the patches that ComfyUI has merged into it."""
+    """Parameter key -> the model's own value of it, float32, without the patches that ComfyUI has merged into it.
+
+    Asking raises ShapeError for a weight that its layer hides.
+    """
     sides = sides_of(model, clip)
 
     def get(key: str) -> torch.Tensor:
         side = next(side for side in sides if key in side.shapes)
-        saved = side.patcher.backup.get(key)
-        if saved is not None:
-            return getattr(saved, "weight", saved)
-        return comfy.utils.get_attr(side.patcher.model, key)
+        value = layers.plain_weight(side.patcher, key)
+        if value is None:
+            raise ShapeError(
+                "The model's own weight is stored in a form that cannot be read", module=key,
+                hint="Use a model file that is not quantised.",
+            )
+        return value
 
     return get
 

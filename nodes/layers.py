@@ -105,9 +105,10 @@ def plain_weight(patcher: Any, key: str) -> torch.Tensor | None:
     """A layer's own weight without patches, float32 copy on its own device; None where the layer hides it."""
     stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     module, leaf = layer_of(patcher.model, key)
-    for kept in (patcher.backup.get(key), patcher.hook_backup.get(key)):
-        if kept is not None:
-            stored = kept[0]
+    # ComfyUI merges patches first, hooks after them: what hooks keep may be patched already.
+    kept = patcher.backup.get(key) or patcher.hook_backup.get(key)
+    if kept is not None:
+        stored = kept[0]
     if (kind := getattr(stored, "tensor_type", None)) is not None and gguf_type(stored) is not None:
         import gguf  # comes with every GGUF loader
 

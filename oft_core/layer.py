@@ -98,6 +98,11 @@ class LayerRotation:
     def needs_base_norm(self) -> bool:
         return self.norm_of == "base"
 
+    @property
+    def half_turn(self) -> bool:
+        """Whether finished matrices turn a plane by 180 degrees or reflect: that has no direction, hence no power and no logarithm."""
+        return self.kind == "matrix" and float(self.spectrum().planes.max()) > _AMBIGUOUS
+
     def rotated_length(self, shape: Sequence[int]) -> int:
         """Length of the axis that this rotation would act on in a weight of ``shape``."""
         rest = 1
@@ -293,16 +298,14 @@ class LayerRotation:
                 hint="Choose rotation, geodesic or linear.",
             )
         powers = strength.mode not in ("linear", "core") and strength.value not in (0.0, 1.0)
-        turned = self.kind == "matrix" and strength.value and (powers or _limited(self, strength)) and not self._as_product(strength)
-        if turned and float(self.spectrum().planes.max()) > _AMBIGUOUS:
+        product = strength.value != 0 and self._as_product(strength)
+        if strength.value and (powers or _limited(self, strength)) and not product and self.half_turn:
             raise StrengthError(
                 "A stored rotation turns by 180 degrees (or reflects), so only strengths 0 and 1 are defined, without a limit in degrees",
                 file=file, module=module, found=f"strength {strength.value:g}, COFT {strength.coft}",
                 hint="Use mode 'linear' for other strengths.",
             )
-        if not powers:
-            return
-        if self._as_product(strength):
+        if product:
             if self.axis > LONGEST_PRODUCT:
                 raise StrengthError(
                     "Powers of a butterfly this long are not computed, since its product would be one dense matrix",
@@ -310,7 +313,7 @@ class LayerRotation:
                     expected=f"at most {LONGEST_PRODUCT}", hint="Use mode 'rotation', which scales every factor's generator.",
                 )
             return
-        if self.kind.startswith("neumann") and self.lam_bound() >= 1:
+        if powers and self.kind.startswith("neumann") and self.lam_bound() >= 1:
             lam = float((self.largest_lam() * self._limit(replace(strength, value=1.0), "cpu")).max())
             if lam >= 1:
                 raise StrengthError(
@@ -611,8 +614,9 @@ def _core_constraint(layer: LayerRotation) -> Constraint:
 
 
 def _limited(layer: LayerRotation, strength: Strength) -> bool:
-    """Whether a limit in degrees has to be put on finished matrices."""
-    return layer.kind == "matrix" and isinstance(strength.coft, float) and strength.coft < 180
+    """Whether a limit in degrees has to be put on finished matrices, or on the product of a butterfly's factors."""
+    product = layer.butterfly and strength.mode == "geodesic"
+    return (layer.kind == "matrix" or bool(product)) and isinstance(strength.coft, float) and strength.coft < 180
 
 
 def _directly(layer: LayerRotation, strength: Strength) -> bool:

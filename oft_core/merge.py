@@ -23,6 +23,8 @@ from .names import NameIndex
 
 #: Bytes copied at once for tensors that stay as they are.
 _COPY = 1 << 24
+#: What stands beside a quantised weight: the stored numbers are then codes, and turned codes would leave their range.
+SCALES = ("scale_weight", "weight_scale", "comfy_quant")
 #: Key in the output's metadata: a JSON list of what was merged, oldest first.
 METADATA_KEY = "oft_merge"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,10 +107,12 @@ def merge_file(
     for patch, factor in zip(binding.patches, share, strict=True):
         at = replace(strength, value=strength.value * factor)
         patch.op.check_strength(at, module=patch.module, file=adapter.path)
-        if stored[patch.key].dtype is None:
+        scale = next((s for s in SCALES if patch.key.removesuffix("weight") + s in stored), None)
+        if stored[patch.key].dtype is None or scale is not None:
             raise FileError(
                 "A layer of the base is stored in a form that cannot be rotated", file=base, module=patch.key,
-                found=stored[patch.key].code, expected="floating-point weights", hint="Use an unquantised model file.",
+                found=stored[patch.key].code + (f" with {scale}" if scale else ""), expected="floating-point weights",
+                hint="Use an unquantised model file.",
             )
         if at.value != 0:
             jobs.setdefault(patch.key, []).append((patch, at))

@@ -183,6 +183,8 @@ def _check(share: Share) -> None:
         reason = "DoKr-OFT adds a difference before it turns"
     elif op.norm_of:
         reason = "DoRA norms depend on the weight they meet"
+    elif op.half_turn:
+        reason = "it turns by 180 degrees (or reflects), which has no direction"
     elif op.memory_view:
         reason = "it reads the weight's memory in another order"
     elif op.col_scale is not None:

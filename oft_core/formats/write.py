@@ -293,6 +293,10 @@ def _write_own(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[d
     return _write_oft_v2(layers, index, range(1, 1000))
 
 
+#: Last names of the text encoders' embeddings, for which PEFT has keys of its own.
+_EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared")
+
+
 def _write_peft(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], dict]:
     parts = list(_parts(layers, index, "PEFT", _peft_names(index)))
     for part in parts:
@@ -307,7 +311,11 @@ def _write_peft(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[
         raise refused("PEFT", parts[0].name, "it has layers of several models; PEFT keeps one folder for each")
     exact = kinds == {"cayley"}
     # The exact branch of PEFT builds the transpose of what its series approximates.
-    tensors = {f"{p.name}.oft_R.weight": _settled(p.layer) * (-1.0 if exact else 1.0) for p in parts}
+    tensors = {}
+    for p in parts:
+        # Embeddings are rotated as E R, all else as W R^T.
+        leaf, sign = ("oft_embedding_R", -1.0) if p.name.rsplit(".", 1)[-1] in _EMBEDDINGS else ("oft_R", 1.0)
+        tensors[f"{p.name}.{leaf}.weight"] = _settled(p.layer) * (-sign if exact else sign)
     size = max(p.layer.block for p in parts)
     for p in parts:
         if peft_block_size(p.layer.axis, size) != p.layer.block:

@@ -89,6 +89,19 @@ def test_equals_the_layers_own_application(files: tuple[Path, Path, Path]) -> No
     assert all(torch.equal(got[k].float(), want[k].float()) for k in want)
 
 
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale", "comfy_quant"])
+def test_a_base_of_scaled_codes_is_refused(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture, scale: str) -> None:
+    adapter, base, out = files
+    tensors = load_file(base)
+    key = f"{BLOCK}.attn1.to_q"
+    tensors[f"{key}.weight"] = tensors[f"{key}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{key}.{scale}"] = torch.tensor(1e-3)
+    save_file(tensors, base)
+    assert main(["merge", str(adapter), str(base), "-o", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert key in said and scale in said and "unquantised" in said and not out.exists()
+
+
 def test_strength_zero_copies_the_base(files: tuple[Path, Path, Path]) -> None:
     adapter, base, out = files
     assert main(["merge", str(adapter), str(base), "-o", str(out), "--strength", "0"]) == 0

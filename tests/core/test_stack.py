@@ -171,6 +171,9 @@ REFUSED = {
     "DoKr": share(layer(8, 1, added=torch.zeros(N, N))),
     "cut": share(LayerRotation("out", 7, 4, generator=torch.zeros(1, 4, 21), size=N)),
     "parameter whole": share(Diff(torch.ones(N, N), whole=True)),
+    "180 degrees": share(
+        LayerRotation("out", 4, 6, kind="matrix", matrix=torch.tensor([-1.0, -1, 1, 1]).diag().expand(1, 6, 4, 4).clone())
+    ),
     "no rotation": share(LayerRotation("out", 8, 3, kind="matrix", matrix=torch.eye(8).expand(1, 3, 8, 8) * 1.1 + 0.1)),
 }
 

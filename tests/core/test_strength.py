@@ -141,12 +141,21 @@ def test_geodesic_power_of_a_butterfly_is_that_of_its_product() -> None:
     assert math.degrees(math.acos(float(torch.linalg.eigvals(capped).real.min()))) == pytest.approx(12.0, abs=0.05)
 
 
+@pytest.mark.parametrize("s", [0.99, 1.0, -1.0, 2.0])
+def test_a_limit_in_degrees_is_the_products_at_every_geodesic_strength(s: float) -> None:
+    layer = EXACT["lycoris butterfly"]
+    m, eye = dense(layer, Strength(s, "geodesic", 12.0)), torch.eye(N, dtype=torch.float64)
+    assert math.degrees(math.acos(float(torch.linalg.eigvals(m).real.min()))) == pytest.approx(12.0, abs=0.05)
+    assert (m @ dense(layer, Strength(-s, "geodesic", 12.0)) - eye).abs().max() < 2e-6
+
+
 def test_geodesic_power_of_a_long_butterfly_is_refused() -> None:
     layer = LayerRotation("out", 4, 1024, generator=packed(2, 1024, 4, 0.3), butterfly="lycoris")
     for allowed in (Strength(1.0, "geodesic"), Strength(0.5), Strength(0.5, "linear")):
         layer.check_strength(allowed)
-    with pytest.raises(StrengthError, match="not computed"):
-        layer.check_strength(Strength(0.5, "geodesic"), module="m")
+    for refused in (Strength(0.5, "geodesic"), Strength(1.0, "geodesic", 12.0)):
+        with pytest.raises(StrengthError, match="not computed"):
+            layer.check_strength(refused, module="m")
 
 
 def test_rotation_scales_the_generator() -> None:

@@ -289,6 +289,31 @@ def test_peft_reads_it(tmp_path: Path, kind: str) -> None:
         assert (got - want[key]).norm() / want[key].norm() < 1e-5, name
 
 
+@pytest.mark.parametrize("kind", ["cayley", "neumann"])
+def test_peft_reads_rotated_embeddings(tmp_path: Path, kind: str) -> None:
+    """PEFT keeps them under another name and turns them the other way round; under ours it would leave them out with a warning."""
+    from peft import PeftModel
+
+    words, query = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    shapes = {f"clip_l.transformer.{words}": (40, 24), f"clip_l.transformer.{query}": (24, 24)}
+    layers = rotations(shapes, "in", kind=kind)
+    write_adapter(layers, NameIndex(shapes), tmp_path, "peft")
+    model, parts = nn.Module(), {words: nn.Embedding(40, 24), query: nn.Linear(24, 24, bias=False)}
+    for name, part in parts.items():
+        at = model
+        *path, leaf = name.removesuffix(".weight").split(".")
+        for step in path:
+            if not hasattr(at, step):
+                at.add_module(step, nn.Module())
+            at = getattr(at, step)
+        at.add_module(leaf, part)
+        part.weight.requires_grad_(False).copy_(base(shapes)[f"clip_l.transformer.{name}"])
+    merged, want = PeftModel.from_pretrained(model, tmp_path).merge_and_unload(), applied(layers, shapes)
+    for key, weight in want.items():
+        got = merged.get_parameter(key.removeprefix("clip_l.transformer."))
+        assert (got - weight).norm() / weight.norm() < 1e-5, key
+
+
 @pytest.mark.parametrize("rows", [False, True])
 def test_lycoris_reads_it(tmp_path: Path, rows: bool) -> None:
     from lycoris.wrapper import create_lycoris_from_weights

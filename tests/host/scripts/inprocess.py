@@ -293,8 +293,34 @@ def scaled_fp8_weights():
     expected = rotated_out(net.linear.weight.float() * 0.004, blocks)
     clone.patch_model(torch.device("cpu"))
     close(net.linear.weight.float() * net.linear.scale_weight, expected, 0.13 * float(expected.abs().max()))
+    # What is written as a difference to the model's own values needs these, neither codes nor patched ones.
+    sides, host.sides_of = host.sides_of, lambda model, clip: [side]
+    try:
+        own = host.own_weights(clone, None)("linear.weight")
+    finally:
+        host.sides_of = sides
+    close(own, true, 0.07 * float(true.abs().max()))
     clone.unpatch_model(torch.device("cpu"))
     assert keeper.batches
+
+
+@check
+def own_weights_are_those_below_patches_and_hooks():
+    net = torch.nn.Module()
+    net.linear = torch.nn.Linear(8, 8, bias=False)
+    base = net.linear.weight.detach().clone()
+    patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
+    patcher.add_patches({"linear.weight": (torch.ones(8, 8),)})
+    patcher.patch_weight_to_device("linear.weight")
+    close(host.layers.plain_weight(patcher, "linear.weight"), base, 0)
+    hook = comfy.hooks.WeightHook()
+    hook.hook_ref = comfy.hooks._HookRef()
+    patcher.add_hook_patches(hook, {"linear.weight": (torch.full((8, 8), 5.0),)})
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    patcher.patch_hooks(group)
+    close(net.linear.weight, base + 6, 1e-5)
+    close(host.layers.plain_weight(patcher, "linear.weight"), base, 0)
 
 
 @check
