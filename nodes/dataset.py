@@ -26,7 +26,6 @@ from .files import inside
 
 CATEGORY = "OFT"
 NO_FOLDER = "(none)"
-TRIGGER = "[trigger]"
 OFTDataset = io.Custom("OFT_DATASET")
 
 TIPS = {
@@ -156,13 +155,6 @@ def _mask_pictures(masks: list[torch.Tensor]) -> list[Any]:
     ]
 
 
-def _caption(text: str, trigger: str) -> str:
-    text = " ".join(text.replace(TRIGGER, trigger).split())
-    if trigger and trigger not in text:
-        text = f"{trigger}, {text}" if text else trigger
-    return text
-
-
 def _check_mask(mask: Any, bucket: tuple[int, int], name: str, *, connected: bool) -> None:
     """Raises ConfigError if nothing of a picture would count. connected: the mask is no transparency."""
     if data.fitted(mask, bucket).getextrema()[1]:
@@ -216,7 +208,7 @@ def build(
         paths = data.find_pictures(folder_path(folder))
         names = [str(p) for p in paths]
         opened = [data.open_picture(p) for p in paths]
-        beside = [data.caption_of(p) for p in paths]
+        beside = [data.caption_beside(p) or "" for p in paths]
     if not opened:
         raise ConfigError("There are no pictures to train on")
     given = list(captions or [])
@@ -250,7 +242,7 @@ def build(
         small += picture.size[0] < bucket[0] or picture.size[1] < bucket[1]
         if mask is not None:
             _check_mask(mask, bucket, name, connected=masks is not None)
-        caption = _caption(line.strip() or text or instance_prompt, trigger)
+        caption = data.with_trigger(line.strip() or text or instance_prompt, trigger)
         if linked or masks is not None:
             kept[name] = (picture, mask)
         for part in (picture, mask):

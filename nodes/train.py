@@ -163,7 +163,7 @@ class OFTTrainConfigNode(io.ComfyNode):
                 switch("scaled"),
                 switch("block_share"),
                 switch("use_cayley_neumann"),
-                whole("num_cayley_neumann_terms", default.num_cayley_neumann_terms, 1, 20),
+                whole("num_cayley_neumann_terms", default.num_cayley_neumann_terms, 2, 20),
                 choice("bias", ("none", "all", "oft_only"), default.bias),
                 text("modules_to_save"),
                 switch("fan_in_fan_out"),

@@ -69,6 +69,11 @@ class SamplePlan:
     sampler: str = "euler"
     scheduler: str = "normal"
 
+    @property
+    def drawing(self) -> list[Any]:
+        """What class pictures share with samples."""
+        return [self.steps, self.cfg, self.sampler, self.scheduler, self.negative]
+
 
 # --- the model ----------------------------------------------------------------------------------------------
 
@@ -287,8 +292,9 @@ class HostModel:
 
     @property
     def usual_cfg(self) -> float:
-        """CFG of sample pictures: none for models that have guidance built in."""
-        return 1.0 if getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
+        """CFG of sample pictures: none for models that have guidance built in, or were distilled to do without."""
+        distilled = type(self.base.model_config).__name__ == "FluxSchnell"
+        return 1.0 if distilled or getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
 
     @property
     def loss_scale(self) -> float:

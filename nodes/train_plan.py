@@ -90,6 +90,8 @@ class Plan:
     name: str
     resume: bool
     preset: str
+    #: whether the loss scale is left to the model's precision
+    usual_loss_scale: bool = True
 
     def parts(self) -> dict[str, OFTConfig]:
         """What is trained of each part. Choices of layers are for the diffusion model, and so are whole modules."""
@@ -113,7 +115,7 @@ class Plan:
             "oft": self.oft.to_dict(),
             "settings": self.settings.fingerprint(),
             "objective": self.objective,
-            "prior": [self.prior, self.class_pictures] if self.prior == "pictures" else self.prior,
+            "prior": self.prior if self.prior != "pictures" else ["pictures", self.class_pictures, *self.samples.drawing],
             "guidance": self.guidance,
             "encoders": list(self.encoders),
             # Checkpointing repeats the same arithmetic; weights that are not merged do not.
@@ -210,6 +212,7 @@ def make_plan(
         name,
         resume,
         preset,
+        "loss_scale" not in train,
     )
 
 

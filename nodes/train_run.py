@@ -92,7 +92,7 @@ class Run:
         }
         # Also depends on nodes before this one that change how the model samples.
         self.objective = self.host.make_objective(**plan.objective)
-        self.key = digest({**plan.fixed(), **self.identity, "found": self.objective.fingerprint()})
+        self.key = digest({**self.plan.fixed(), **self.identity, "found": self.objective.fingerprint()})
         self.folder = state_root() / self.key
         self.store = Store(state_root() / "cache")
         self.host.keep_on_disk(self.store, self.identity["vae"], self.identity["clip"])
@@ -165,7 +165,7 @@ class Run:
             # A run whose result no file can hold must not begin.
             host_model.write(bank, None, os.path.join(scratch, "probe.safetensors"), {})
         settings = plan.settings
-        if settings.loss_scale == 1.0 and host_model.loss_scale > 1:
+        if plan.usual_loss_scale:
             settings = dataclasses.replace(settings, loss_scale=host_model.loss_scale)
         self.bank = bank
         trainer = self.trainer = Trainer(
@@ -229,7 +229,7 @@ class Run:
             return []
         size, plan = self.dataset.main_bucket, self.plan.samples
         wanted = [self.identity["model"], self.identity["clip"], prompt, count, size, self.plan.settings.seed]
-        wanted += [plan.steps, plan.cfg, plan.sampler, plan.scheduler, plan.negative]
+        wanted += plan.drawing
         sampling = self.objective.fingerprint()
         wanted += [sampling.get(name) for name in SAMPLED_BY]
         place = self.store.path("class", *wanted)

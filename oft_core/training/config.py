@@ -19,11 +19,11 @@ ALL_LINEAR = "all-linear"
 PRESETS: dict[str, str] = {
     "text-attention": r"(.*\.)?(attn2\.to_[kv]|(context_block\.attn|txt_attn)\.(qkv|proj)|add_[qkv]_proj|to_add_out)",
     "attention": (
-        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn2?)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
         r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear1)"
     ),
     "attention+ff": (
-        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn2?)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
         r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear[12]|ff\.net\.(0\.proj|2)|(img_mlp|txt_mlp)\.[02]|mlp\.fc[12])"
     ),
 }
@@ -203,6 +203,11 @@ class OFTConfig:
             )
         if self.oft_block_size == 1:
             raise ConfigError("Option 'oft_block_size' is too small", found=1, expected="2 or more (a block of 1 cannot turn)")
+        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
+            raise ConfigError(
+                "Option 'num_cayley_neumann_terms' is too small", found=self.num_cayley_neumann_terms,
+                expected="2 or more (one term alone is no rotation)",
+            )
         if not self.target_modules and not self.conv_modules:
             raise ConfigError("Option 'target_modules' is empty", expected="names, a regular expression, 'all-linear' or a preset")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -215,6 +220,12 @@ class OFTConfig:
         for pattern, r in self.rank_pattern.items():
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ConfigError("Option 'rank_pattern' needs numbers of blocks", found=f"{pattern!r}: {r!r}", expected="1 or more")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    "Option 'rank_pattern' has a name that is no regular expression", found=f"{pattern!r}: {error}"
+                ) from error
 
     def _check(self, f: dataclasses.Field, value: object) -> None:
         """Raises ConfigError if the value breaks the limits that the field's metadata declares, or has another type."""

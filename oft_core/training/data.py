@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor
 from .errors import ConfigError
 from .seeds import generator
 
+#: Stands for the trigger word in captions.
+TRIGGER = "[trigger]"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -84,12 +87,27 @@ def caption_of(picture: Path, prompt: str = "", trigger: str = "") -> str:
     A trigger that a caption does not mention is put in front of it. Raises ConfigError for a text that is neither UTF-8 nor
     UTF-16 with its mark.
     """
+    beside = caption_beside(picture)
+    return with_trigger(prompt if beside is None else beside, trigger)
+
+
+def caption_beside(picture: Path) -> str | None:
+    """The text of ``name.txt`` beside the picture as one line, None without that file. Raises ConfigError as ``caption_of``."""
     beside = picture.with_suffix(".txt")
-    text = " ".join(_read_text(beside).split()) if beside.is_file() else prompt
-    text = text.replace("[trigger]", trigger).strip()
-    if trigger and trigger not in text:
-        text = f"{trigger}, {text}" if text else trigger
-    return text
+    return " ".join(_read_text(beside).split()) if beside.is_file() else None
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    """One line with the trigger word for [trigger], and in front where the text does not mention it as a word of its own."""
+    text = " ".join(text.replace(TRIGGER, trigger).split())
+    if not trigger:
+        return text
+    # "sks" is not in "desks". Scripts without spaces between words have no such edges.
+    edges = (r"(?<![A-Za-z0-9_])", r"(?![A-Za-z0-9_])")
+    before, after = (edge if re.match("[A-Za-z0-9_]", end) else "" for edge, end in zip(edges, (trigger[0], trigger[-1]), strict=True))
+    if re.search(before + re.escape(trigger) + after, text):
+        return text
+    return f"{trigger}, {text}" if text else trigger
 
 
 def _read_text(path: Path) -> str:

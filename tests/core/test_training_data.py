@@ -19,6 +19,7 @@ from oft_core.training.data import (
     nearest_bucket,
     open_picture,
     to_tensor,
+    with_trigger,
 )
 
 Image = pytest.importorskip("PIL.Image")
@@ -110,6 +111,18 @@ def test_captions(tmp_path):
     assert caption_of(picture, "a [trigger] cat", "sks") == "a sks cat"
     (tmp_path / "x.y.txt").write_text("ein Käfer\n", "utf-8")
     assert caption_of(picture, "a cat", "sks") == "sks, ein Käfer"
+
+
+@pytest.mark.parametrize(
+    ("text", "trigger", "want"),
+    [
+        ("a man at two desks", "sks", "sks, a man at two desks"), ("a photo of sks, smiling", "sks", "a photo of sks, smiling"),
+        ("sks", "sks", "sks"), ("a sks_2 dog", "sks", "sks, a sks_2 dog"), ("一只小猫坐着", "小猫", "一只小猫坐着"),
+        ("photo of <me>.", "<me>", "photo of <me>."), ("a  [trigger]\n dog", "sks", "a sks dog"), ("a dog", "", "a dog"),
+    ],
+)  # fmt: skip
+def test_a_trigger_is_a_word_of_its_own(text, trigger, want):
+    assert with_trigger(text, trigger) == want
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

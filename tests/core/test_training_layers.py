@@ -591,6 +591,8 @@ def test_every_field_of_peft_is_here_with_help():
         ({"coft": True, "eps": 0.0}, ["eps", "more than 0"]),
         ({"angle_cap": 200.0}, ["angle_cap", "at most 180"]),
         ({"num_cayley_neumann_terms": 0}, ["num_cayley_neumann_terms", "at least 1"]),
+        ({"num_cayley_neumann_terms": 1, "use_cayley_neumann": True}, ["num_cayley_neumann_terms", "2 or more"]),
+        ({"rank_pattern": {"to_q[": 2}}, ["rank_pattern", "to_q[", "regular expression"]),
         ({"target_modules": None}, ["target_modules"]),
         ({"layers_pattern": "blocks"}, ["layers_to_transform"]),
         ({"rank_pattern": {"to_q": 0}}, ["rank_pattern", "1 or more"]),
@@ -654,6 +656,7 @@ def test_fan_in_fan_out_of_ordinary_layers_is_explained_and_has_no_effect():
         ["input_blocks.1.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn2.to_out.0"],
         ["double_blocks.0.img_attn.qkv", "double_blocks.3.txt_attn.proj", "single_blocks.2.linear1"],
         ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj"],
+        ["joint_blocks.0.x_block.attn2.qkv", "joint_blocks.0.x_block.attn2.proj"],  # SD 3.5 medium's second attention
         ["text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.out_proj"],
         ["transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_add_out"],
     ],

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from checks import check, run_checks, start_host
 
@@ -23,6 +24,7 @@ if "comfyui_oft" in sys.modules:
     import comfy.model_management
     import comfy.model_sampling
     import comfy.sd
+    import comfy.supported_models
     import comfy.utils
     import families
     import folder_paths
@@ -838,6 +840,37 @@ def class_pictures_are_of_the_models_way_of_sampling():
             of_parts = (one, *parts("sd3")[1:])
             go(a_run("sd3", of, of_parts, config={**options, **more}, steps=1))
             assert drawn.count("a photo of a dog") == expected, (drawn, more)
+    # A run that goes on must not meet other class pictures than it began with.
+    for prior, several in (("pictures", 2), ("match", 1)):
+        steps = [{"prior": prior, "sample_steps": n} for n in (2, 3)]
+        assert len({a_run("sd3", of, parts("sd3"), config=one).key for one in steps}) == several, prior
+
+
+@check
+def captions_beside_pictures_hold_the_trigger():
+    root = Path(folder_paths.get_input_directory()) / "captioned"
+    root.mkdir()
+    for name, text in (("a", "a [trigger] dog in snow"), ("b", "two desks"), ("c", "")):
+        Image.new("RGB", (64, 64), "red").save(root / f"{name}.png")
+        (root / f"{name}.txt").write_text(text, "utf-8")
+    said = [r.caption for r in a_set(folder="captioned", trigger="sks", instance_prompt="my [trigger] toy").records]
+    assert said == ["a sks dog in snow", "sks, two desks", "my sks toy"], said
+
+
+@check
+def what_is_left_to_the_model():
+    """A loss scale of 1 that was typed in is no default, and a distilled model is sampled without CFG."""
+    of = a_set()
+    for given, usual in (({}, True), ({"loss_scale": 0.0}, True), ({"loss_scale": 1.0}, False)):
+        assert a_run(of=of, config=given).plan.usual_loss_scale is usual, given
+
+    def usual_cfg(kind, embed):
+        base = SimpleNamespace(model_config=kind({}))
+        net = SimpleNamespace(params=SimpleNamespace(guidance_embed=embed))
+        return train_host.HostModel.usual_cfg.fget(SimpleNamespace(base=base, net=net))
+
+    flux = comfy.supported_models
+    assert [usual_cfg(flux.FluxSchnell, False), usual_cfg(flux.Flux, True), usual_cfg(flux.SD3, False)] == [1, 1, 5]
 
 
 @check
