@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from subject import GRID_STEPS, LONG_STEPS, STEPS, balance, key_of, made_by, normalised, sheet_name
+from subject import GRID_STEPS, LONG_STEPS, STEPS, balance, made_by, normalised, sheet_name
 from subject_methods import CONTROL, GUIDE_STEPS, GUIDE_TABLES, METHODS
 from subject_task import BATCH, PICTURES
 
@@ -62,25 +62,15 @@ def comparable(lines: Iterable[Line]) -> list[Line]:
     return [x for x in lines if made_by(x) == most[0][0]]
 
 
-def widest(lines: list[Line], slack: int = 1) -> list[list[str]]:
-    """Methods that were run on equally many (subject, seed) pairs, or on up to `slack` less: most pairs first."""
+def widest(lines: list[Line]) -> list[list[str]]:
+    """Methods that were run on equally many (subject, seed) pairs, or on one less: most pairs first."""
     count = {m: len({(x["subject"], x["seed"]) for x in lines if x["method"] == m}) for m in METHODS}
     left, out = [m for m in METHODS if count[m]], []
     while left:
-        enough = max(count[m] for m in left) - slack
+        enough = max(count[m] for m in left) - 1
         out.append([m for m in left if count[m] >= enough])
         left = [m for m in left if count[m] < enough]
     return out
-
-
-def longest(lines: Iterable[Line]) -> list[Line]:
-    """One line for each run: the longest, where a run was repeated with more steps."""
-    out: dict[tuple, Line] = {}
-    for x in lines:
-        key = (made_by(x), x["stage"], *key_of(x))
-        if key not in out or x["rows"][-1]["step"] > out[key]["rows"][-1]["step"]:
-            out[key] = x
-    return list(out.values())
 
 
 def row_at(line: Line, step: int) -> Row | None:
@@ -220,8 +210,8 @@ def long_table(lines: list[Line], methods: list[str]) -> str:
 
 
 def long_part(lines: list[Line], path: Path) -> str:
-    """A table and the plot of what every method has, then of what some have more runs of; empty without long runs."""
-    parts, groups = [], widest(lines, 0)
+    """A table of what every method has, then of what some have more runs of, and a plot of most; empty without long runs."""
+    parts, groups, plotted = [], widest(lines), 0
     for last in range(len(groups), 0, -1):
         shown = [m for m in METHODS if any(m in group for group in groups[:last])]
         some = balanced(lines, shown)
@@ -231,8 +221,9 @@ def long_part(lines: list[Line], path: Path) -> str:
         seeds = sorted({seed for _, seed in pairs})
         named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         said = f"{len({s for s, _ in pairs})} subjects, {named}: {len(pairs)} runs a method"
-        if not parts:
+        if len(some) > plotted:
             plot(some, shown, LONG_STEPS, path, said)
+            plotted = len(some)
         parts.append(f"{said}.\n\n{long_table(some, shown)}")
     return "\n\n".join([f"### {LONG_STEPS[-1]:,} steps", *parts]) if parts else ""
 
@@ -483,7 +474,6 @@ def contact_sheet(lines: list[Line], sheets: Path, path: Path, step: int) -> str
 def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     """The tables as Markdown; plots go to folder/images. Only `comparable` runs count.
     """
-    lines = longest(lines)
     every = [x for x in lines if x["stage"] == "main"]
     main = [x for x in every if x["batch"] == BATCH and x["pictures"] == PICTURES]
     if not main:
@@ -548,7 +538,7 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
 def guide(lines: list[Line]) -> dict[str, str]:
     """Name of a table of docs/training.md -> the table, from the subjects that all of its rows have."""
     runs: dict[tuple[str, int], list[Line]] = {}
-    for x in comparable(x for x in longest(lines) if x["stage"] == "guide"):
+    for x in comparable(x for x in lines if x["stage"] == "guide"):
         runs.setdefault((x["method"], x["pictures"]), []).append(x)
     out = {}
     for name, (head, rows) in GUIDE_TABLES.items():

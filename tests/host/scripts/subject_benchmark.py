@@ -460,13 +460,13 @@ def every_method_fits_into_one_report() -> None:
 def long_runs_of_some_methods_do_not_shrink_the_others() -> None:
     methods = ("subject", "lora16", "coft")
     jobs = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 6, (0,), 2)
-    jobs += subject.main_jobs(methods[:2], dict.fromkeys(methods, 1e-3), 3, (1,), 1)
-    assert [j.seed for j in jobs if j.steps == subject.LONG_STEPS] == [0] * 6 + [1] * 2
+    jobs += subject.main_jobs(methods[:2], dict.fromkeys(methods, 1e-3), 3, (1, 2), 1)
+    assert [j.seed for j in jobs if j.steps == subject.LONG_STEPS] == [0] * 6 + [1] * 2 + [2] * 2
     text = subject_report.report([fake(j) for j in jobs], WORK / "long", WORK / "no sheets")
     text = text.split("### 2,000 steps")[1].split("###")[0]
-    both, some = text.split("3 runs a method.")
+    both, some = text.split("4 runs a method.")
     assert "2 subjects, seed 0: 2 runs a method." in both and both.count("| 2 |") == 3
-    assert "2 subjects, seeds 0, 1: " in both and some.count("| 2 |") == 2
+    assert "2 subjects, seeds 0, 1, 2: " in both and some.count("| 2 |") == 2
     assert subject_methods.METHODS["coft"].label in both and subject_methods.METHODS["coft"].label not in some
 
 
