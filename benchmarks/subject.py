@@ -240,12 +240,13 @@ def main_jobs(
 ) -> list[Job]:
     """All methods for the first subject and seed, then for the next subject: what is done is balanced.
 
-    Every third subject has long runs, until there are `long` of them.
+    `long` of the subjects have long runs: every third one first.
     """
-    out = []
+    out, chosen = [], reported_subjects()[:count]
+    far = sorted(range(count), key=lambda i: (i % 3 != 2, i))[:long]
     for seed in seeds:
-        for i, s in enumerate(reported_subjects()[:count]):
-            steps = LONG_STEPS if i % 3 == 2 and i // 3 < long else STEPS
+        for i, s in enumerate(chosen):
+            steps = LONG_STEPS if i in far else STEPS
             out += [Job("main", m, rates[m], s.name, seed, steps, **more) for m in methods]
     return out
 
@@ -426,7 +427,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--subjects", type=int, default=SUBJECTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--long", type=int, default=4, help="how many subjects have runs of 2,000 steps")
+    parser.add_argument("--long", type=int, default=SUBJECTS, help="how many subjects have runs of 2,000 steps")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--pictures", type=int, default=PICTURES, help="training views of a subject")
     parser.add_argument(

@@ -318,6 +318,11 @@ def a_stopped_run_goes_on_and_repeats_nothing() -> None:
     assert [j.subject for j in jobs[:6]] == [jobs[0].subject] * 3 + [jobs[3].subject] * 3
     assert not {j.subject for j in jobs} & set(subject.GRID_SUBJECTS)
     assert [len(j.steps) for j in jobs].count(len(subject.LONG_STEPS)) == 2 * 3
+    # More long runs keep those that there are.
+    few, all_of_them = (
+        {j.subject for j in subject.main_jobs(("oft32",), rates, 4, (0,), n) if j.steps == subject.LONG_STEPS} for n in (1, 4)
+    )
+    assert few == {jobs[6].subject} and all_of_them == {j.subject for j in jobs}
 
 
 @check
