@@ -37,7 +37,6 @@ from ..oft_core import (
     ModelMismatch,
     ShapeError,
     Strength,
-    component,
     read_tensors,
 )
 from ..oft_core.stack import names_oft
@@ -242,7 +241,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             self.hook_ref.oft_everywhere = known
             _tell(*known[1:], "as a hook")
         _, adapter, rest = known
-        if at.value != 0 and for_text in {component(module) != "unet" for module in adapter.entries}:
+        if at.value != 0 and for_text in {part != "unet" for part in adapter.components}:
             side = host.text_side(model) if for_text else host.model_side(model)
             try:
                 placed = host.place(adapter, [side], at, at)

@@ -70,8 +70,8 @@ class HostIndex(NameIndex):
         super().__init__(shapes)
         self._aliases = aliases
 
-    def resolve(self, module: str) -> list[Target]:
-        found = super().resolve(module)
+    def resolve(self, module: str, clip: str = "te1") -> list[Target]:
+        found = super().resolve(module, clip)
         if found:
             return found
         target = self._aliases.get(_plain(module))
@@ -382,11 +382,11 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
         if side.name == "clip" and "model" in given and at != at_model:
             notes.append(f"Text encoders: strength {at.value:g}.")
 
-    unmatched = {m: why for m, why in binding.unmatched.items() if component(m) not in absent}
+    unmatched = {m: why for m, why in binding.unmatched.items() if adapter.entries[m].component not in absent}
     with normal_tensors():
         at = at_model if "model" in given else at_clip
         report = describe(adapter, replace(binding, unmatched=unmatched), at)
-    left_out = {c: sum(component(m) == c for m in binding.unmatched) for c in sorted(absent)}
+    left_out = {c: sum(adapter.entries[m].component == c for m in binding.unmatched) for c in sorted(absent)}
     notes += [f"{count} layers for {absent[c]} not used." for c, count in left_out.items() if count]
     notes += about_blocks
     if adapter.schedule is not None:

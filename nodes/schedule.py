@@ -9,7 +9,7 @@ import comfy.hooks
 import comfy.lora
 from comfy_api.latest import io, ui
 
-from ..oft_core import Adapter, Schedule, ScheduleError, Strength, component
+from ..oft_core import Adapter, Schedule, ScheduleError, Strength
 from ..oft_core.schedule import from_keyframes
 from . import compat, host, inputs
 
@@ -132,7 +132,7 @@ class OFTHook(comfy.hooks.WeightHook):
             return False
         for_text = target_dict.get("target") == comfy.hooks.EnumWeightTarget.Clip
         value = self._strength_clip if for_text else self._strength_model
-        parts = {component(module) != "unet" for module in self.adapter.entries}
+        parts = {part != "unet" for part in self.adapter.components}
         if for_text in parts and value != 0:
             side = host.text_side(model) if for_text else host.model_side(model)
             at = Strength(value, self.mode, self.coft)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..oft_core.atomic import PARTIAL, atomically
+from ..oft_core.errors import FileError
 from ..oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
 
 log = logging.getLogger("oft")
@@ -104,7 +105,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(path, lambda part: save_file(tensors, part, metadata={"value": json.dumps(plain)}))
-        except (SafetensorError, OSError) as error:
+        except (FileError, OSError) as error:
             log.warning("OFT: the training cache could not be written: %s", error)
 
     def prune(self) -> int:

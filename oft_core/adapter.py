@@ -21,7 +21,7 @@ from .errors import FileError, FormatError, ModelMismatch, ValueFault
 from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, group, reader, what_is_it
 from .formats.common import Piece
 from .layer import Built, Diff, LayerRotation, build_all
-from .names import NameIndex, Target, component, guess_family
+from .names import NameIndex, Target, component, guess_family, loose_clip
 from .schedule import Schedule
 
 __all__ = ["Adapter", "Binding", "Entry", "Patch", "build_all", "load_adapter", "read_tensors"]
@@ -34,6 +34,8 @@ class Entry:
     module: str
     dialect: str
     make: Maker
+    #: Which CLIP a name without a prefix is for: te1, or te2 in a file that has a CLIP-G's layers.
+    clip: str = "te1"
     _pieces: dict[tuple[int, ...] | None, list[Piece]] = field(default_factory=dict, repr=False, compare=False)
 
     def pieces(self, shape: Sequence[int] | None) -> list[Piece]:
@@ -46,7 +48,7 @@ class Entry:
 
     @property
     def component(self) -> str:
-        return component(self.module)
+        return component(self.module, self.clip)
 
 
 @dataclass(frozen=True)
@@ -142,15 +144,23 @@ class Adapter:
         nothing matches. Layers that are not found stand in ``unmatched``.
         """
         binding = Binding(self)
+        taken: dict[tuple[str, bool], list[Patch]] = {}
         for name, entry in self.entries.items():
-            targets = index.resolve(name)
+            targets = index.resolve(name, entry.clip)
             if not targets:
                 binding.unmatched[name] = "no such layer in this model"
                 continue
-            placed = self._place(entry, targets, index)
+            placed = self._place(entry, targets, index) if all(index.shapes[t.key] for t in targets) else []
             if not placed:
                 binding.unmatched[name] = "the layer has no parameter of this kind"
                 continue
+            # As in ComfyUI's own loader, a layer that stands in the file under two names is applied once.
+            other = next((q.module for p in placed for q in taken.get(_kind(p), ()) if _meet(p, q)), None)
+            if other is not None:
+                binding.unmatched[name] = f"the same layer as {other}, applied once"
+                continue
+            for p in placed:
+                taken.setdefault(_kind(p), []).append(p)
             binding.patches += placed
             binding.matched.append(name)
         if strict and not binding.matched:
@@ -188,6 +198,17 @@ class Adapter:
                 swap = target.swap_halves and not (isinstance(op, LayerRotation) and op.side == "in" and op.row_scale is None)
                 out.append(Patch(entry.module, key, op, entry.component, None if whole else (start, high - low), swap))
         return out
+
+
+def _kind(patch: Patch) -> tuple[str, bool]:
+    return patch.key, isinstance(patch.op, LayerRotation)
+
+
+def _meet(one: Patch, other: Patch) -> bool:
+    """Whether two patches of one parameter have rows in common."""
+    if one.rows is None or other.rows is None:
+        return True
+    return one.rows[0] < sum(other.rows) and other.rows[0] < sum(one.rows)
 
 
 def bias_key(key: str) -> str:
@@ -264,7 +285,7 @@ def _neighbour_config(path: Path) -> dict | None:
         return None
     try:
         content = json.loads(config.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileError("The adapter_config.json beside the file cannot be read", file=config, found=str(error)) from error
     if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT"):
         return content
@@ -285,6 +306,7 @@ def read_tensors(
     peft_keys = any(k.startswith("base_model.model.") for k in tensors) or (config is not None and not kohya_names)
     context = Context(name, metadata, config if peft_keys else None, options or ReadOptions(), peft_keys)
     modules, unknown = group(tensors, context)
+    clip = loose_clip(modules)
     entries: dict[str, Entry] = {}
     reasons: dict[str, str] = {}
     for module in modules.values():
@@ -295,7 +317,7 @@ def read_tensors(
         _check_values(module)
         dialect, reason = found
         reasons.setdefault(dialect, reason)
-        entries[module.name] = Entry(module.name, dialect, reader(module, dialect))
+        entries[module.name] = Entry(module.name, dialect, reader(module, dialect), clip)
     count = Counter(e.dialect for e in entries.values() if e.dialect != "F5d")
     if not count:
         raise FormatError(
@@ -306,7 +328,8 @@ def read_tensors(
     dialect = count.most_common(1)[0][0]
     for entry in entries.values():
         if entry.dialect != "F5d":
-            entry.pieces(None)  # shape faults and remarks show now, not at the first use
+            for piece in entry.pieces(None):  # shape faults and remarks show now, not at the first use
+                piece.op.check_values(module=entry.module, file=name)
     if unknown:
         context.note(f"{len(unknown)} keys are not understood and not applied, e.g. {unknown[0]}")
     return Adapter(
@@ -314,8 +337,16 @@ def read_tensors(
     )
 
 
+_READABLE = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}
+
+
 def _check_values(module: Module) -> None:
     for suffix, tensor in module.tensors.items():
+        if tensor.dtype not in _READABLE:
+            raise module.format_error("A tensor is of a type that adapters do not have", f"{suffix}: {tensor.dtype}", "floating-point numbers")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise ValueFault(
                 "The file holds numbers that are not finite", file=module.context.file, module=f"{module.name}.{suffix}",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from .adapter import load_adapter
 from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Strength
-from .errors import AdapterError
+from .errors import AdapterError, printable
 from .formats import ReadOptions
 from .merge import DTYPES, merge_file
 from .report import describe
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Windows' own encodings know few trigger words: what is redirected is UTF-8, a terminal shows what it can.
-            stream.reconfigure(errors="replace") if stream.isatty() else stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(errors="replace") if stream.isatty() else stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -81,9 +81,9 @@ def _merge(args: argparse.Namespace) -> int:
     binding = merge_file(adapter, args.base, args.output, strength, dtype=args.dtype, progress=bar)
     print(f"{adapter.title} ({adapter.dialect}): {len(binding.matched)} of {len(adapter.entries)} layers merged into {args.output}")
     for note in adapter.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note, 1000)}")
     for module, reason in binding.unmatched.items():
-        print(f"not applied: {module}: {reason}", file=sys.stderr)
+        print(f"not applied: {printable(module)}: {printable(reason, 1000)}", file=sys.stderr)
     return 0
 
 

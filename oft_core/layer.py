@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import blocks as multiply
 from .constraint import Constraint, Strength
-from .errors import ShapeError, StrengthError
+from .errors import ShapeError, StrengthError, ValueFault
 from .rotation import (
     Spectrum,
     generator_spectrum,
@@ -31,6 +31,8 @@ from .rotation import (
 
 #: Longest axis of a butterfly whose product is raised to a power: that takes one dense matrix and its eigenvectors.
 LONGEST_PRODUCT = 2048
+#: Norm of a generator from which on float64 no longer gives a rotation; training that works stays below 10.
+LARGEST_LAM = 1e9
 #: An angle of a finished matrix closer to 180 degrees than this has no definite direction, hence no power.
 _AMBIGUOUS = torch.pi - 2e-3
 
@@ -52,6 +54,7 @@ class LayerRotation:
     core_alpha: raw alpha for the ``core`` mode; None if ComfyUI's own loader does not read this dialect.
     size: length of the rotated axis if it is not count*block (the last block is cut), else None.
     added: a difference of the weight's shape that is added before the rotation (DoKr-OFT's Kronecker product).
+    of_layer: of a slice, the generator of all of the layer, which limits on the whole layer are measured on; else None.
     """
 
     side: str
@@ -71,6 +74,7 @@ class LayerRotation:
     core_alpha: float | None = None
     size: int | None = None
     added: Tensor | None = None
+    of_layer: Tensor | None = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     # ---------------------------------------------------------------- description
@@ -105,9 +109,7 @@ class LayerRotation:
 
     def rotated_length(self, shape: Sequence[int]) -> int:
         """Length of the axis that this rotation would act on in a weight of ``shape``."""
-        rest = 1
-        for n in shape[1:]:
-            rest *= n
+        rest = math.prod(shape[1:])
         if self.memory_view:
             return rest
         return shape[0] if self.side == "out" else rest
@@ -126,6 +128,32 @@ class LayerRotation:
             raise ShapeError(
                 "The row scale does not fit the layer", file=file, module=module,
                 found=f"{self.row_scale.numel()} factors", expected=f"{shape[0]} output rows",
+            )
+        columns = shape[0] if self.memory_view else math.prod(shape[1:])
+        if self.col_scale is not None and self.col_scale.numel() != columns:
+            raise ShapeError(
+                "The column scale does not fit the layer", file=file, module=module,
+                found=f"{self.col_scale.numel()} factors", expected=f"{columns} columns",
+            )
+
+    def check_values(self, *, module: str | None = None, file: str | None = None) -> None:
+        """Raises ValueFault if the stored numbers are finite but too large to make a rotation and factors of."""
+        fault = None
+        if self.generator is not None:
+            size = self.lam_bound()
+            if size < LARGEST_LAM and size >= 1 and self.kind.startswith("neumann"):
+                # A series of n terms has powers up to n - 1 of what may be far above its range.
+                size = float((self.largest_lam() * self._limit(Strength(), "cpu")).max())
+                size = size if size < 1 else 10 ** min(math.log10(size) * (self.terms - 1), 300)
+            if not size < LARGEST_LAM:
+                fault = f"a generator of norm {self.lam_bound():.3g}"
+        for factors in (self.row_scale, self.col_scale, self.added):
+            if factors is not None and not bool(torch.isfinite(factors).all()):
+                fault = "factors that are not finite"
+        if fault is not None:
+            raise ValueFault(
+                "The file's numbers are too large", file=file, module=module, found=fault, expected="a rotation and finite factors",
+                hint="The training run broke; use an earlier save.",
             )
 
     def rows_slice(self, start: int, length: int, *, module: str | None = None) -> LayerRotation:
@@ -151,6 +179,8 @@ class LayerRotation:
         }
         if self.constraint is not None and self.constraint.norm.ndim and self.stored > 1:
             cut["constraint"] = replace(self.constraint, norm=self.constraint.norm[part])
+        if self.kind != "matrix" and self.of_layer is None:
+            cut["of_layer"] = self.generator
         return replace(self, count=length // b, row_scale=scale, _cache={}, **cut)
 
     # ---------------------------------------------------------------- generator, limits, planes
@@ -194,6 +224,8 @@ class LayerRotation:
         factor = torch.ones((), dtype=torch.float64)
         if limit is not None:
             planes = (0, 2) if limit.norm.ndim else (0, 1, 2)
+            if self.of_layer is not None and not limit.norm.ndim:
+                lam = replace(self, generator=self.of_layer, of_layer=None, _cache={}).lam()
             # The trainers' norms are all proportional to the root of the planes' squares.
             share = limit.norm.double() / lam.square().sum(planes).sqrt().clamp_min(1e-30)
             low, high = torch.zeros_like(share), torch.ones_like(share)
@@ -205,7 +237,7 @@ class LayerRotation:
             factor = high  # 1 where nothing had to be limited
         if self.clip is not None:
             angle = min(math.atan(self.clip) / (s or 1.0), math.pi / 2 - 1e-9)
-            factor = factor * (math.tan(angle) / (lam[..., -1] * factor).clamp_min(1e-30)).clamp_max(1.0)
+            factor = factor * (math.tan(angle) / (self.lam()[..., -1] * factor).clamp_min(1e-30)).clamp_max(1.0)
         return factor
 
     def lam(self) -> Tensor:
@@ -500,7 +532,7 @@ class LayerRotation:
         """(tensors, plain values) from which ``from_state`` rebuilds an equal object."""
         limit = self.constraint
         tensors = (
-            self.generator, self.matrix, self.row_scale, self.col_scale, self.added, None if limit is None else limit.norm,
+            self.generator, self.matrix, self.row_scale, self.col_scale, self.added, None if limit is None else limit.norm, self.of_layer,
         )
         plain = (
             self.side, self.block, self.count, self.kind, self.terms, self.butterfly, self.clip, self.norm_of,
@@ -511,12 +543,12 @@ class LayerRotation:
 
     @classmethod
     def from_state(cls, tensors: Sequence[Tensor | None], plain: Sequence) -> LayerRotation:
-        generator, matrix, row_scale, col_scale, added, norm = tensors
+        generator, matrix, row_scale, col_scale, added, norm, of_layer = tensors
         side, block, count, kind, terms, butterfly, clip, norm_of, memory_view, core_alpha, size, limit = plain
         constraint = None if limit is None else Constraint(limit[0], limit[1], norm, limit[2])
         return cls(
             side, block, count, kind, terms, generator, matrix, butterfly, constraint, clip, row_scale, norm_of, col_scale,
-            memory_view, core_alpha, size, added,
+            memory_view, core_alpha, size, added, of_layer,
         )
 
 
@@ -559,17 +591,18 @@ class Diff:
         return None
 
     def check_shape(self, shape: Sequence[int], *, module: str | None = None, file: str | None = None) -> None:
-        """Raises ShapeError if the difference has another number of values than the parameter."""
-        count = 1
-        for n in shape:
-            count *= n
-        if count != self.delta.numel():
+        """Raises ShapeError if the difference has another number of rows or values than the parameter."""
+        # A 1x1 convolution's difference may come as a matrix, but rows stay rows.
+        if math.prod(shape) != self.delta.numel() or self.delta.shape[:1] != torch.Size(shape[:1]) and self.delta.numel() > 1:
             raise ShapeError(
                 "An additive difference does not fit the parameter", file=file, module=module,
                 found=tuple(self.delta.shape), expected=tuple(shape),
             )
 
     def check_strength(self, strength: Strength, *, module: str | None = None, file: str | None = None) -> None:
+        return None
+
+    def check_values(self, *, module: str | None = None, file: str | None = None) -> None:
         return None
 
     def rows_slice(self, start: int, length: int, *, module: str | None = None) -> Diff:
@@ -609,7 +642,7 @@ def _portions(flat: Tensor, block: int) -> list[Tensor]:
 def _core_constraint(layer: LayerRotation) -> Constraint:
     """ComfyUI's limit: the norm of all blocks against the raw alpha; zero or absent alpha means none."""
     alpha = layer.core_alpha
-    norm = layer.generator.double().norm() * 2**0.5
+    norm = (layer.generator if layer.of_layer is None else layer.of_layer).double().norm() * 2**0.5
     return Constraint("ComfyUI core, raw alpha", alpha if alpha and alpha > 0 else float("inf"), norm)
 
 

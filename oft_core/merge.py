@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter import Adapter, Binding, Patch
-from .atomic import atomically
+from .atomic import atomically, check_target
 from .block_weights import factors
 from .blocks import row_norms, store_
 from .constraint import Strength
@@ -94,6 +94,7 @@ def merge_file(
     The file is written under a temporary name beside ``out`` and renamed when it is complete. Raises AdapterError kinds.
     """
     base, out = Path(base), Path(out)
+    check_target(out)
     for source in (base, Path(adapter.path)):
         if out.exists() and source.exists() and os.path.samefile(out, source):
             raise FileError("The output would overwrite an input", file=out, hint="Choose another output name.")
@@ -139,7 +140,7 @@ def merge_file(
 def _history(metadata: dict[str, str]) -> list:
     try:
         earlier = json.loads(metadata.get(METADATA_KEY, "[]"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return []
     return earlier if isinstance(earlier, list) else []
 

@@ -44,7 +44,7 @@ class Report:
     """All that is known about an adapter, and about its use if it was bound to a model.
 
     Angles in degrees, at strength 1 with the limits of ``coft``. orthogonality_error: max |M^T M - I| over all blocks at strength 1.
-    radius_in_use: largest stored generator norm over its limit; above 1 the limit is active.
+    radius_in_use: largest stored generator norm over its limit; above 1 the limit is active; None without a limit, or if it is 0.
     """
 
     file: str
@@ -100,7 +100,8 @@ class Report:
             lines.append(f"Orthogonality error {about}{self.orthogonality_error:.1e}.")
         if self.constraint is not None:
             active = f"active in {self.limits_active} layers" if self.limits_active else "not active"
-            lines.append(f"COFT: {self.constraint}; {100 * self.radius_in_use:.0f} % of the radius in use at most, {active}.")
+            used = "a radius of 0" if self.radius_in_use is None else f"{100 * self.radius_in_use:.0f} % of the radius in use at most"
+            lines.append(f"COFT: {self.constraint}; {used}, {active}.")
         if self.row_scales:
             lines.append("Has row scales (rescale or DoRA).")
         if self.base_model:
@@ -150,7 +151,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         side="input" if sides == {True} else "output", layers=len(adapter.entries), components=_components(adapter, binding),
         block_sizes=dict(Counter(r.block for r in rotations)), kinds=sorted({r.kind for r in rotations}),
         max_angle=top, mean_angle=measures.mean, angles_estimated=measures.estimated, orthogonality_error=measures.error,
-        constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses else None,
+        constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses and max(uses) < math.inf else None,
         limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
         base_model=_base_model(adapter), trigger_words=_triggers(adapter),
         metadata={k: printable(adapter.metadata[k]) for k in _SHOWN_METADATA if adapter.metadata.get(k)},
@@ -258,10 +259,10 @@ def _triggers(adapter: Adapter) -> list[str]:
         return [printable(t, 200) for t in found]
     try:
         folders = json.loads(adapter.metadata.get("ss_tag_frequency", "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also numbers too long to read, and brackets nested without end
         return []
     counts: Counter[str] = Counter()
     for tags in folders.values() if isinstance(folders, dict) else ():
         if isinstance(tags, dict):
-            counts.update({str(t).strip(): int(n) for t, n in tags.items() if isinstance(n, (int, float))})
+            counts.update({str(t).strip(): int(n) for t, n in tags.items() if isinstance(n, (int, float)) and 0 < n < 10**9})
     return [printable(t, 100) for t, _ in counts.most_common(5) if t]

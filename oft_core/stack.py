@@ -76,7 +76,7 @@ def blend(shares: Iterable[Share], count: int, shapes: Mapping[str, Sequence[int
     out: list[Patch] = []
     for key, group in keys.items():
         for part in _aligned(group, shapes[key][0]):
-            out += _blend_rows(part, count)
+            out += _blend_rows(part, count, shapes[key])
     return out
 
 
@@ -110,7 +110,7 @@ def _cut(share: Share, start: int, length: int, rows: tuple[int, int] | None) ->
     return replace(share, patch=replace(patch, op=op, rows=rows))
 
 
-def _blend_rows(part: list[Share], count: int) -> list[Patch]:
+def _blend_rows(part: list[Share], count: int, shape: Sequence[int]) -> list[Patch]:
     first = part[0].patch
     if len({s.patch.swap_halves for s in part}) > 1:
         raise _refused(part, "its halves are stored in different orders")
@@ -124,7 +124,8 @@ def _blend_rows(part: list[Share], count: int) -> list[Patch]:
     if differences:
         if any(s.patch.op.whole for s in differences):
             raise _refused(differences, "a file stores this parameter whole, not a change of it")
-        delta = sum(s.strength.value / count * s.patch.op.delta.double() for s in differences)
+        # Files differ in how they write a 1x1 convolution's difference.
+        delta = sum(s.strength.value / count * s.patch.op.delta.double().reshape(-1, *shape[1:]) for s in differences)
         ops.append(Diff(delta.float()))
     return [Patch(first.module, first.key, op, first.component, first.rows, first.swap_halves) for op in ops]
 

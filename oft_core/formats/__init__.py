@@ -52,7 +52,7 @@ DIALECTS: dict[str, Dialect] = {
 
 _DOTTED = (
     "oft_R.weight", "oft_R.scaled_oft", "oft_R.clipped_oft", "oft_R.cans_oft", "oft_R.cans_exp",
-    "oft_embedding_R.weight", "oft_rotation.weight", "oft_blocks", r"oft_blocks\.\d+", "oft_diag", "alpha", "rescale",
+    "oft_embedding_R.weight", "oft_rotation.weight", "oft_blocks", r"oft_blocks\.(?:0|[1-9][0-9]{0,3})", "oft_diag", "alpha", "rescale",
     "oft_r", "oft_s", "boft_R", "boft_s", "boft_P",
     "dora_scale", "initial_norm", "dora_multiplier", "dora_log_multiplier", "dora_log_multiplier_row", "dora_log_multiplier_col",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_magnitude_vector.weight",
@@ -161,16 +161,21 @@ def detect(module: Module) -> tuple[str, str] | None:
 
 
 def reader(module: Module, dialect: str) -> Maker:
-    """The dialect's reader, with the additive differences that any of them may have beside its rotation."""
+    """The dialect's reader, with the additive differences that any of them may have beside its rotation.
+
+    A whole weight beside a rotation is the layer's own (PEFT's ``base_layer.weight``), which the rotation turns: it comes first.
+    """
     make = DIALECTS[dialect].read(module)
     beside = comfy.differences(module)
+    own = [p for p in beside if p.op.whole]
+    changes = [p for p in beside if not p.op.whole]
     if dialect not in ("F11", "F12", "F13", "F14"):
         foreign = [s for s in module.tensors if s in _EXTRAS or s.startswith(("lokr_", "lora_magnitude"))]
         if foreign:
             module.context.note(f"'{foreign[0]}' beside this kind of rotation has no known meaning and is not applied.")
     if dialect == "F5d" or not beside:
         return make
-    return lambda shape: [*make(shape), *beside]
+    return lambda shape: [*own, *make(shape), *changes]
 
 
 def what_is_it(keys: list[str]) -> str:

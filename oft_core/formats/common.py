@@ -84,7 +84,7 @@ class Context:
         """A metadata value that holds a JSON object; {} if absent or not one."""
         try:
             value = json.loads(self.metadata.get(key, "") or "{}")
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also numbers too long to read, and brackets nested without end
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -94,11 +94,17 @@ class Context:
             return default
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise FormatError(f"'{name}' is not a number", file=self.file, found=repr(value)[:80], expected="a finite number")
         return number
+
+    def limit(self, name: str, value: float | None) -> float | None:
+        """The same limit on a generator, None for none. Raises FormatError for a negative one, which would turn the rotation round."""
+        if value is not None and value < 0:
+            raise FormatError(f"The limit '{name}' is negative", file=self.file, found=f"{value:g}", expected="0 or more")
+        return value
 
     @property
     def trainer_metadata(self) -> bool:
@@ -147,8 +153,11 @@ class Module:
         return v.unsqueeze(0), b
 
     def row_factors(self, suffix: str) -> Tensor:
-        """One factor an output row, float32 (out,)."""
-        return self.get(suffix).reshape(-1)
+        """One factor an output row (or column), float32 (rows,). Raises ShapeError without any."""
+        factors = self.get(suffix).reshape(-1)
+        if not factors.numel():
+            raise self.shape_error(f"'{suffix}' is empty", tuple(self.tensors[suffix].shape), "factors")
+        return factors
 
     def shape_error(self, message: str, found: object, expected: object) -> ShapeError:
         return ShapeError(message, file=self.context.file, module=self.name, found=found, expected=expected)

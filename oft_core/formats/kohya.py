@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -24,7 +25,10 @@ def alpha_of(module: Module) -> float | None:
             text = context.json("ss_network_args").get("constraint")
         try:
             alpha = float(text or 0)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
+            alpha = math.nan
+        if not math.isfinite(alpha):
+            context.note("The constraint is stored as 0, and the metadata's is no number: no limit is applied.")
             alpha = 0.0
         if alpha:
             context.note(f"The constraint is stored as 0 (lost to half precision); taken from the metadata: {alpha:g}.")

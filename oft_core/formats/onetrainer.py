@@ -73,7 +73,7 @@ def coft_limit(module: Module, packed: torch.Tensor, conv: bool) -> Constraint |
         config = module.context.json("ot_config")
         if truth(config.get("oft_coft")) and not conv:  # OneTrainer projected linear layers only
             eps = module.context.number("coft_eps", config.get("coft_eps"), COFT_EPS)
-    if eps is None:
+    if module.context.limit("coft_eps", eps) is None:
         return None
     return Constraint("eps / sqrt(blocks), per block", eps / math.sqrt(packed.shape[1]), frobenius(packed, True))
 
@@ -94,11 +94,11 @@ def read_oft_v2(module: Module) -> Maker:
         kind = kind if use is None or use else "cayley"
         terms = series_terms(module.number("oft_num_cayley_neumann_terms_buffer") or None, module.context)
     direction = -1.0 if takenoko and kind == "cayley" else 1.0
-    clip = module.number("oft_R.clipped_oft")
+    clip = module.context.limit("clipped_oft", module.number("oft_R.clipped_oft"))
     ratio, norm_of = dora_factor(module)
-    columns = module.get("dora_log_multiplier_col")
-    if columns is not None:
-        columns = columns.reshape(-1)
+    columns = None
+    if "dora_log_multiplier_col" in module:
+        columns = module.row_factors("dora_log_multiplier_col")
         columns = (columns - columns.mean()).exp()
     lokr = lokr_factors(module)
 

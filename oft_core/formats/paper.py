@@ -22,7 +22,7 @@ def read_f15(module: Module) -> Maker:
     packed = -skew_pack(a, half=True).unsqueeze(0)
     limit = None
     if module.number("oft_is_coft"):
-        eps = module.number("oft_eps")
+        eps = module.context.limit("oft_eps", module.number("oft_eps"))
         limit = Constraint(
             "paper repository: eps x block size^2 / sqrt(r), per block",
             (6e-5 if eps is None else eps) * b * b / math.sqrt(stored), a.flatten(1).norm(dim=1),

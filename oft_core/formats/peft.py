@@ -29,7 +29,7 @@ DEFAULT_EPS = 6e-5
 def coft(context: Context) -> float | None:
     """eps of PEFT's constrained OFT, or None if the config does not switch it on."""
     config = context.config or {}
-    return context.number("eps", config.get("eps"), DEFAULT_EPS) if truth(config.get("coft")) else None
+    return context.limit("eps", context.number("eps", config.get("eps"), DEFAULT_EPS)) if truth(config.get("coft")) else None
 
 
 def shared(context: Context) -> bool:
@@ -93,7 +93,7 @@ def series(context: Context) -> tuple[str, int, str]:
     elif config is not None:
         # Versions from 0.18 on write peft_version; a config without it is older.
         version = str(config.get("peft_version") or "0.17")
-        numbers = [int(n) for n in version.split("+")[0].split("@")[0].split(".")[:2] if n.isdigit()]
+        numbers = [int(n) for n in version.split("+")[0].split("@")[0].split(".")[:2] if n.isdecimal()]
         old = numbers < [0, 18]
         if "peft_version" not in config:
             context.note("The config has no peft_version, so the series of PEFT 0.16-0.17 is used (read option peft_neumann).")

@@ -7,6 +7,6 @@ encoder prefixes), and so do the models. `NameIndex` reads the parameter names o
 
 from .families import guess_family
 from .index import NameIndex, Spelling, Target
-from .spelling import component
+from .spelling import component, loose_clip
 
-__all__ = ["NameIndex", "Spelling", "Target", "component", "guess_family"]
+__all__ = ["NameIndex", "Spelling", "Target", "component", "guess_family", "loose_clip"]

@@ -96,9 +96,10 @@ class NameIndex:
         elif rank == known[0] and known[1] != targets:
             table[name] = (rank, ())  # two equals: nobody's
 
-    def resolve(self, module: str) -> list[Target]:
+    def resolve(self, module: str, clip: str = "te1") -> list[Target]:
         """Where the weight of an adapter's module is; [] = no such module here, or an ambiguous name.
 
+        clip: which CLIP a name without a prefix is for, see `loose_clip`.
         Several targets: the file's module is one fused matrix whose parts the model stores apart, stacked
         in this order.
         """
@@ -106,7 +107,7 @@ class NameIndex:
         if module in self._exact:
             return list(self._exact[module])
         name = parse(module)
-        for part in (name.part,) if name.part else self._parts_for(name):
+        for part in (name.part,) if name.part else self._parts_for(name, clip):
             table = self._tables[part]
             for path in name.paths:
                 hit = table.get(path)
@@ -120,11 +121,11 @@ class NameIndex:
         """What the weight of this parameter key is called in either layout; None for keys that are no module's weight."""
         return self._spellings.get(key)
 
-    def _parts_for(self, name: ModuleName) -> Sequence[str]:
-        """Where to look if the prefix does not say: diffusion model or first CLIP, as the path allows."""
+    def _parts_for(self, name: ModuleName, clip: str) -> Sequence[str]:
+        """Where to look if the prefix does not say: diffusion model or CLIP, as the path allows."""
         if name.text == "t5":
             return ("te3",)
-        clip = "te1" if self._tables["te1"] else "te2"
+        clip = "te1" if clip == "te1" and self._tables["te1"] else "te2"
         return (clip,) if name.text == "clip" else ("unet", clip)
 
 

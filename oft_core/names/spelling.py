@@ -30,12 +30,17 @@ _ENCODER_PARTS = {
 _KNOWN_ENCODER = "|".join(sorted(_ENCODER_PARTS, key=len, reverse=True))
 
 # A CLIP-G has 32 layers, CLIP-L 12, CLIP-H 24: depth tells them apart where no prefix does.
-_CLIP_G_LAYER = re.compile(r"(?:^|\.)(?:encoder\.layers|resblocks)\.30\.")
+_CLIP_G_LAYER = re.compile(r"(?:^|[._])(?:encoder[._]layers|resblocks)[._]30[._]")
 
 _T5_PATH = re.compile(
     r"(?:shared$|shared[._]weight$|(?:encoder|decoder)[._](?:block[._]|final_layer_norm|embed_tokens))"
 )
-_CLIP_PATH = re.compile(r"(?:text_model[._]|transformer[._]resblocks[._])")
+# transformers 5 leaves out `text_model`, which T5 and the vision models of this form have another word for.
+_CLIP_PATH = re.compile(
+    r"(?:text_model[._]|transformer[._]resblocks[._]"
+    r"|encoder[._]layers[._]\d+[._](?:self_attn|mlp|layer_norm[12])(?:[._]|$)|embeddings[._](?:token|position)_embedding"
+    r"|final_layer_norm(?:[._](?:weight|bias))?$)"
+)
 
 _NOISE = re.compile(r"\.default(?=\.|$)|[._]processor(?=[._]to_)")
 
@@ -130,13 +135,20 @@ def parse(module: str) -> ModuleName:
     return ModuleName(part, tuple(dict.fromkeys(underscored(r) for r in readings)), text)
 
 
-def component(module: str) -> str:
+def component(module: str, clip: str = "te1") -> str:
     """The part an adapter's module name is for: "unet", "te1", "te2" or "te3".
 
-    Names whose prefix does not say (`lycoris_`, `base_model.model.`, bare) are judged by their path.
+    Names whose prefix does not say (`lycoris_`, `base_model.model.`, bare) are judged by their path. clip: which CLIP such a
+    path is for, see `loose_clip`.
     """
     name = parse(clean(module))
-    return name.part or {"t5": "te3", "clip": "te1"}.get(name.text, "unet")
+    return name.part or {"t5": "te3", "clip": clip}.get(name.text, "unet")
+
+
+def loose_clip(modules: Iterable[str]) -> str:
+    """Which CLIP the modules of one file are for whose prefix does not say: "te2" if they reach as deep as a CLIP-G, else "te1"."""
+    names = ((parse(clean(m)), m) for m in modules)
+    return "te2" if any(not n.part and n.text == "clip" and _CLIP_G_LAYER.search(f"{m}.") for n, m in names) else "te1"
 
 
 def _said(says: str | None, match: re.Match[str], rest: str, part: str) -> str:
@@ -199,7 +211,7 @@ class BaseNames:
         loose = [
             k
             for k in keys
-            if k.startswith(("text_model.", "transformer.resblocks.", "transformer.text_model."))
+            if is_clip_path(k.removeprefix("transformer.")) or k.startswith("transformer.resblocks.")
         ]
         self._loose_clip = "te2" if any(_CLIP_G_LAYER.search(k) for k in loose) else "te1"
         self._loose_open_clip = any(k.startswith("transformer.resblocks.") for k in loose)

@@ -144,6 +144,12 @@ def test_differences_are_averaged() -> None:
     torch.testing.assert_close(got, torch.full((N, N), 1.5))
 
 
+def test_differences_of_a_convolution_may_come_with_or_without_its_kernel_size() -> None:
+    one, two = torch.randn(N, N), torch.randn(N, N)
+    (patch,) = blend([share(Diff(one[..., None, None]), 1.0), share(Diff(two), 0.5)], 2, {"w": (N, N, 1, 1)})
+    assert torch.allclose(patch.op.delta, (one / 2 + two / 4)[..., None, None])
+
+
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_fused_in_one_file_and_split_in_another(side: str) -> None:
     """A whole rotation meets one of the middle third only; the last third belongs to the first alone."""

@@ -380,6 +380,26 @@ def test_row_slices_and_strided_weights() -> None:
     assert torch.equal(image, plain)
 
 
+@pytest.mark.parametrize(
+    "strength", [Strength(2.0, "geodesic", "hold"), Strength(-0.7, "geodesic", "hold"), Strength(0.5, "core"), Strength(2.0, "rotation", "hold")]
+)
+def test_slices_keep_to_the_limit_of_the_whole_layer(strength: Strength) -> None:
+    """A fused layer's file on a model that has its parts apart: the blocks differ much in size, the limit is on all of them."""
+    generator = packed(1, 6, 8, 0.5) * torch.tensor([5.0, 4.0, 1.0, 1.0, 0.3, 0.3]).view(1, 6, 1)
+    limit = Constraint("whole layer", 0.8, (2 * generator.double().square().sum()).sqrt().float())
+    whole = LayerRotation("out", 8, 6, generator=generator, constraint=limit, core_alpha=0.8)
+    weight = torch.randn(N, 5, generator=torch.Generator().manual_seed(3))
+    truth, parts = weight.clone(), weight.clone()
+    whole.apply_(truth, strength)
+    for start, length in ((0, 16), (16, 32)):
+        part = whole.rows_slice(start, length)
+        if start:
+            part = LayerRotation.from_state(*part.rows_slice(0, length).to_state())
+        part.apply_(parts[start : start + length], strength)
+    assert torch.allclose(parts, truth, atol=1e-6)
+    assert not torch.allclose(truth, weight, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_eight_bit_weights_saturate(dtype: torch.dtype) -> None:
     top = torch.finfo(dtype).max

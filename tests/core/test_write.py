@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from oft_core import Constraint, Diff, FormatError, LayerRotation, NameIndex, Strength, load_adapter
+from oft_core import (
+    Constraint,
+    Diff,
+    FileError,
+    FormatError,
+    LayerRotation,
+    NameIndex,
+    Strength,
+    load_adapter,
+)
 from oft_core.formats.write import WRITERS, write_adapter
 
 BLOCK = "transformer_blocks.0"
@@ -160,7 +169,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("oft_core.formats.write.save_file", fail)
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"old")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FileError, match=f"{target}.*disk full"):
         write_adapter(rotations(LDM, "in"), NameIndex(LDM), target, "oft_v2")
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and target.read_bytes() == b"old"
 
