@@ -65,14 +65,16 @@ def batches(ops: Sequence[LayerRotation], mode: str) -> list[tuple[Batch, int]]:
 
 
 def rotation(
-    token: int, place: int, strength: Strength, device: torch.device, spare: LayerRotation
+    token: int, place: int, strength: Strength, device: torch.device, spare: LayerRotation, module: str
 ) -> Built | None:
     """The built rotation of one layer: kept from before, or by building its whole batch.
 
     token, place: what `batches` gave. spare: the layer itself, built alone if the batch is gone because
-    nothing but a hook's weights refers to the file any more.
+    nothing but a hook's weights refers to the file any more. module: the layer's name, for messages. Raises
+    StrengthError where the strength, which hooks and other packs may choose only now, is not defined for it.
     """
     batch = _batches.get(token)
+    (spare if batch is None else batch.ops[place]).check_strength(strength, module=module)
     if batch is None:
         return spare.build(strength, device)
     key = (strength, str(device))

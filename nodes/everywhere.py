@@ -244,7 +244,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if at.value != 0 and for_text in {part != "unet" for part in adapter.components}:
             side = host.text_side(model) if for_text else host.model_side(model)
             try:
-                placed = host.place(adapter, [side], at, at)
+                placed = host.place(adapter, [side], at, at, {k.strength for k in self.hook_keyframe.keyframes})
             except ModelMismatch as error:
                 log.warning("OFT everywhere: %s left to ComfyUI's own hook: %s", adapter.name, error)
                 return stock(self, model, model_options, target_dict, registered)

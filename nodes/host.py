@@ -247,15 +247,20 @@ class RotationPatch(WeightAdapterBase):
             else:
                 op = LayerRotation.from_state(tensors, plain)
                 with normal_tensors():
-                    built = cache.rotation(token, place, at, weight.device, op)
+                    built = cache.rotation(token, place, at, weight.device, op, next(iter(self.loaded_keys)))
             apply_swapped_(op, weight, at, swap, rotation=built, base_row_norm=base_norm)
 
 
 class ScheduledPatch(RotationPatch):
     """A patch whose strength follows a track: its token is one more item of `weights`."""
 
+    @property
+    def oft_factor(self) -> float:
+        """The factor on the strength at this moment."""
+        return track.now(self.weights[3])
+
     def calculate_weight(self, weight, key, strength, *args, **more):
-        return super().calculate_weight(weight, key, strength * track.now(self.weights[3]), *args, **more)
+        return super().calculate_weight(weight, key, strength * self.oft_factor, *args, **more)
 
 
 class Keeper:
@@ -354,11 +359,14 @@ class Placed:
     warnings: tuple[str, ...]
 
 
-def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Strength) -> Placed:
+def place(
+    adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Strength, also: Iterable[float] = ()
+) -> Placed:
     """Find the adapter's layers on the sides and check the strengths; nothing is patched.
 
-    Raises `ModelMismatch` if no layer of the file belongs to the given models, and `StrengthError` if the
-    mode is not defined for the file.
+    also: factors that the strengths will have later, beside 1 and those of the adapter's schedule. Raises
+    `ModelMismatch` if no layer of the file belongs to the given models, and `StrengthError` if mode or
+    strengths are not defined for the file.
     """
     given = {side.name for side in sides}
     absent = _absent(adapter, given)
@@ -376,9 +384,14 @@ def place(adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Stre
         if at.value == 0:
             notes.append(f"{side.words}: strength 0, nothing changed.")
             continue
+        later = set(also)
+        if adapter.schedule is not None and side.name == "model":
+            later |= {factor for _, factor in adapter.schedule.sampled()}
         with normal_tensors():
             for patch, its in patches[side.name]:
-                patch.op.check_strength(its, module=patch.module, file=adapter.path)
+                for factor in (1.0, *sorted(later - {0.0, 1.0})):
+                    its_then = replace(its, value=its.value * factor)
+                    patch.op.check_strength(its_then, module=patch.module, file=adapter.path)
         if side.name == "clip" and "model" in given and at != at_model:
             notes.append(f"Text encoders: strength {at.value:g}.")
 
@@ -505,6 +518,7 @@ def patched(
     if follow is not None:
         keys = {patch.key for patch, _ in [*plan.weights, *plan.live]}
         track.attach(patcher, follow, keys, tokens)
+        runtime.watch_merging(patcher)
     return clone
 
 

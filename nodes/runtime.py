@@ -9,6 +9,7 @@ injected last: see `_Live.in_force`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import weakref
@@ -36,7 +37,7 @@ log = logging.getLogger("oft")
 
 AUTO, WEIGHTS, ACTIVATIONS = "auto", "weights", "activations"
 RUNTIMES = (AUTO, WEIGHTS, ACTIVATIONS)
-CALLBACKS = "oft_runtime"
+CALLBACKS, MERGING = "oft_runtime", "oft_merging"
 _MISSING = object()
 _count = itertools.count(1)
 
@@ -164,7 +165,7 @@ class Entry:
         if isinstance(self.patch.op, Diff):
             return None
         _, token, place, *_ = self.as_weight.weights[2]
-        return cache.rotation(token, place, self.at, device, self.patch.op)
+        return cache.rotation(token, place, self.at, device, self.patch.op, self.patch.module)
 
     def for_host(self) -> tuple:
         """The entry of ComfyUI's patch list that does the same to the weight."""
@@ -217,6 +218,17 @@ def attach(patcher: Any, application: Application) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, CALLBACKS, _on_load)
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, CALLBACKS, _on_detach)
     _on_clone(None, patcher)
+    watch_merging(patcher)
+
+
+def watch_merging(patcher: Any) -> None:
+    """Let nodes that merge this model into another get its turned activations as weight patches.
+
+    They ask for its patches by name; what they do not learn, such as a schedule, is said in the log.
+    """
+    if not patcher.get_callbacks(CallbacksMP.ON_CLONE, MERGING):
+        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, MERGING, _guard_merging)
+    _guard_merging(None, patcher)
 
 
 def _on_clone(_: Any, patcher: Any) -> None:
@@ -297,19 +309,47 @@ def _guard_saving(patcher: Any) -> None:
     setattr(patcher, name, asked)
 
 
+def _guard_merging(_: Any, patcher: Any) -> None:
+    owner = weakref.ref(patcher)
+
+    def asked(filter_prefix: str | None = None) -> dict[str, list]:
+        me = owner()
+        found = type(me).get_key_patches(me, filter_prefix)
+        if filter_prefix is None and not getattr(me, "is_clip", False):
+            return found  # the patcher itself asks so, for the weights alone
+        live = {key: entries for key, entries in live_entries(me).items() if key in found}
+        for key, entries in live.items():
+            module, _ = layer_of(me.model, key)
+            if not patchable(module):
+                raise AdapterError(
+                    "The model cannot be merged with this OFT file in it", module=entries[0].patch.module,
+                    found=f"a weight stored as {stored_as(module)}, of which activations are turned",
+                    expected="a weight of floating-point numbers", hint="Use another version of the model.",
+                )
+            found[key] = [*found[key], *(entry.for_host() for entry in entries)]
+        if any(getattr(p[1], "oft_factor", None) is not None for patches in found.values() for p in patches[1:]):
+            log.warning("OFT: a merge takes an adapter with a schedule from its second model at the full strength.")
+        return found
+
+    patcher.get_key_patches = asked
+
+
 # --- putting it into the layers' forwards -------------------------------------------------------------------
 
 
 class _Layer:
     """One layer with all changes that a patcher makes to its activations."""
 
-    def __init__(self, module: nn.Module, entries: Sequence[Entry], rows: int):
+    def __init__(self, module: nn.Module, entries: Sequence[Entry], rows: int, weight_state: Callable[[], tuple]):
         self.module, self.entries, self.rows = module, tuple(entries), rows
+        measures = any(isinstance(e.patch.op, LayerRotation) and e.patch.op.norm_of == "current" for e in self.entries)
+        # What norms of the arriving weight have been measured on; nothing where none are.
+        self.weight_state = weight_state if measures else tuple
         self.kind = kind_of(module, "weight")
         packed_bias = gguf_type(getattr(module, "bias", None)) is not None
         self.whole_kernel = self.kind == CONV and (packed_bias or any(map(self._turns_kernel, self.entries)))
         self.made: dict[torch.device, Any] = {}
-        self.strengths: tuple[float, ...] = ()
+        self.made_for: tuple = ()
 
     def _turns_kernel(self, entry: Entry) -> bool:
         """Convolutions where the pixels under the kernel are rotated together, not each one's channels."""
@@ -347,9 +387,9 @@ class _Layer:
             return y if x.ndim >= plain else y.squeeze(0)
 
     def _prepared(self, device: torch.device, make: Callable[[torch.device], Any]) -> Any:
-        strengths = tuple(e.at.value for e in self.entries)
-        if strengths != self.strengths:  # a schedule has moved on; what was made for another strength is not kept
-            self.made, self.strengths = {}, strengths
+        now = (*(e.at.value for e in self.entries), self.weight_state())
+        if now != self.made_for:  # a schedule has moved on; what was made for another strength is not kept
+            self.made, self.made_for = {}, now
         if device not in self.made:
             with torch.inference_mode(False), torch.no_grad():
                 self.made[device] = make(device)
@@ -452,7 +492,7 @@ class _Live:
         for key, entries in live_entries(patcher).items():
             module, _ = layer_of(patcher.model, key)
             rows = getattr(module, "out_features", None) or module.weight.shape[0]
-            self.layers.append(_Layer(module, entries, rows))
+            self.layers.append(_Layer(module, entries, rows, functools.partial(_weight_state, self.owner, key)))
         self.undo: list[tuple[nn.Module, Any, Callable]] = []
         self.installed = False
 
@@ -502,6 +542,14 @@ class _Live:
                 _current.pop(model, None)
                 return False
         return True
+
+
+def _weight_state(owner: Callable[[], Any], key: str) -> tuple:
+    """What changes a weight while sampling: the factors of scheduled patches, and the hooks in force."""
+    patcher = owner()
+    factors = tuple(getattr(p[1], "oft_factor", None) for p in patcher.patches.get(key, ()))
+    hooks = getattr(patcher.current_hooks, "hooks", ())
+    return factors, tuple((id(hook.hook_ref), hook.strength) for hook in hooks)
 
 
 _lives: weakref.WeakKeyDictionary[Any, _Live] = weakref.WeakKeyDictionary()

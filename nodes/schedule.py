@@ -136,7 +136,8 @@ class OFTHook(comfy.hooks.WeightHook):
         if for_text in parts and value != 0:
             side = host.text_side(model) if for_text else host.model_side(model)
             at = Strength(value, self.mode, self.coft)
-            placed = host.place(replace(self.adapter, schedule=None), [side], at, at)
+            keyframes = {k.strength for k in self.hook_keyframe.keyframes}
+            placed = host.place(replace(self.adapter, schedule=None), [side], at, at, keyframes)
             # The hook's reference lives as long as its patches do, and is the same in all clones of the hook, which
             # may reach the model and the text encoder.
             keepers = {**getattr(self.hook_ref, "oft_keepers", {})}

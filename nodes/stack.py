@@ -115,6 +115,27 @@ def _row(name: str, on: bool, at_model: Strength, at_clip: Strength) -> Row:
     return Row(name, on, at_model, at_clip, folders.read(name) if on else None)
 
 
+class _Taken:
+    """Files taken from LORA_STACKs, which a node cannot name when the host asks whether its inputs have changed."""
+
+    def __init__(self) -> None:
+        self._stamps: dict[str, str] = {}
+        self._replaced = 0
+
+    def taken(self, name: str) -> None:
+        self._stamps.setdefault(name, folders.fingerprint(name))
+
+    def state(self) -> str:
+        """A string that changes when one of these files does."""
+        now = {name: folders.fingerprint(name) for name in self._stamps}
+        if now != self._stamps:
+            self._stamps, self._replaced = now, self._replaced + 1
+        return f"{self._replaced} replaced"
+
+
+_from_stacks = _Taken()
+
+
 def _from_lora_stack(
     stack: Sequence[Sequence[Any]], at: Strength
 ) -> tuple[list[Row], list[tuple[str, float, float]]]:
@@ -132,6 +153,7 @@ def _from_lora_stack(
             continue
         at_model, at_clip = (replace(at, value=float(s)) for s in entry[1:3])
         rows.append(_row(entry[0], True, at_model, at_clip))
+        _from_stacks.taken(entry[0])
     return rows, others
 
 
@@ -190,10 +212,11 @@ class OFTStack(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_stack=None, **given: Any) -> str:
+    def fingerprint_inputs(cls, **given: Any) -> str:
         names = [given.get(f"oft_name_{i}") for i in NUMBERS]
-        names += [e[0] for e in lora_stack or ()]
-        return "\n".join(folders.fingerprint(name) for name in names if name and name != NONE)
+        own = [folders.fingerprint(name) for name in names if name and name != NONE]
+        # Of what is connected the host says here only that it is: see `_from_stacks`.
+        return "\n".join([*own, _from_stacks.state()] if "lora_stack" in given else own)
 
     @classmethod
     def execute(

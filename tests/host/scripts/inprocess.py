@@ -1268,6 +1268,25 @@ def stacks_hand_on_what_is_no_oft_file():
 
 
 @check
+def files_from_a_lora_stack_are_read_again_when_they_change():
+    """The host does not say what is connected when it asks for changes, only that something is."""
+    folders.register()
+    model = sd15()
+    path = write("loras", "from_stack.safetensors", diag_oft(shapes_of(model, ATTENTION)))
+    ask = stack.OFTStack.fingerprint_inputs
+    alone, before = ask(oft_name_1="none"), ask(lora_stack=None)
+    given = [("from_stack.safetensors", 1.0, 1.0)]
+    first = run_node(stack.OFTStack, lora_stack=given).args[0][0].adapter
+    assert ask(lora_stack=None) == before, "nothing has changed"
+    save_file(diag_oft(shapes_of(model, ATTENTION), seed=9), path)
+    after = ask(lora_stack=None)
+    assert after != before and ask(lora_stack=None) == after and ask(oft_name_1="none") == alone
+    assert run_node(stack.OFTStack, lora_stack=given).args[0][0].adapter is not first
+    assert ask(lora_stack=None) == after
+    path.unlink()
+
+
+@check
 def files_are_read_once():
     folders.register()
     model = sd15()
@@ -1397,6 +1416,94 @@ def modes_that_are_not_defined():
     strong = read_tensors(input_oft(shapes_of(model, ATTENTION), std=1.0), {}, name="strong")
     raises(StrengthError, lambda: applied(strong, model, 0.5))
     assert applied(strong, model, 1.0).model.patches and applied(strong, model, 0.5, "linear").model.patches
+
+
+def reflecting(model):
+    """A file of finished matrices that reflect, which have no power."""
+    tensors = {}
+    for key, (rows, _) in shapes_of(model, ("attn1.to_q",)).items():
+        q = torch.linalg.qr(torch.randn(rows // 8, 8, 8, generator=generator(rows)))[0]
+        q[:, :, 0] *= -torch.linalg.det(q).sign()[:, None]
+        tensors["lora_unet_" + key[16:-7].replace(".", "_") + ".oft_diag"] = q
+    return read_tensors(tensors, {}, name="reflects")
+
+
+@check
+def strengths_that_come_later_are_checked_too():
+    """By a schedule, by a hook's keyframes, or by a pack that adds patches by itself."""
+    model = sd15()
+    adapter = reflecting(model)
+    strong = read_tensors(input_oft(shapes_of(model, ATTENTION), std=1.0), {}, name="strong")
+    for file in (adapter, strong):
+        raises(StrengthError, lambda file=file: applied(file, model, 0.5))
+        assert applied(scheduled(file, "step 0:0, 0.5:1"), model).model.patches
+        raises(StrengthError, lambda file=file: applied(scheduled(file, "linear"), model))
+        raises(StrengthError, lambda file=file: applied(scheduled(file, "step 0:1, 0.5:-1"), model))
+
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    for strength in (1.0, 0.5):
+        frames = comfy.hooks.HookKeyframeGroup()
+        frames.add(comfy.hooks.HookKeyframe(strength=1.0))
+        frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=0.4))
+        group = run_node(schedule.OFTCreateHook, adapter=adapter, strength_model=1.0, strength_clip=1.0).args[0]
+        group.set_keyframes_on_hooks(frames)
+        patcher = model.clone()
+        if strength == 1:
+            patcher.register_all_hook_patches(group, target)
+            assert patcher.hook_patches
+        else:
+            raises(StrengthError, lambda p=patcher, g=group: p.register_all_hook_patches(g, target))
+
+    side = host.model_side(model)
+    patches = adapter.bind(host.HostIndex(side.shapes, side.aliases)).patches
+    dictionaries, keeper = host.make_patches(side, patches, "rotation", "file")
+    later = model.clone()
+    later.add_patches(dictionaries[0], 0.5)
+    text = raises(StrengthError, lambda: loaded(later))
+    assert any(p.module in text for p in patches) and keeper.batches
+
+
+@check
+def a_second_model_of_a_merge_brings_its_turned_activations():
+    one, two = sd15(0), sd15(1)
+    adapter = adapter_for(two, ATTENTION)
+    turned, base, own = loaded(applied(adapter, two).model), state(one), state(two)
+    at = Strength()
+    live = host.apply(adapter, two, None, at, at, "activations").model
+    key = weight_names(two, ("attn1.to_q",))[0]
+    lora = live.clone()
+    lora.add_patches({key: ("diff", (torch.full_like(own[key], 0.1),))}, 1.0)
+    for second, change in ((live, 0.0), (live.clone().clone(), 0.0), (lora, 0.1)):
+        merged = one.clone()
+        for name, value in second.get_key_patches("diffusion_model.").items():
+            merged.add_patches({name: value}, 0.5, 0.5)
+        got = loaded(merged)
+        for name in shapes_of(two, ATTENTION):
+            more = change if name == key else 0.0
+            close(got[name], 0.5 * base[name] + 0.5 * (turned[name] + more), 1e-6)
+    assert all(len(found) == 1 for found in live.get_key_patches().values()), "what the patcher asks for itself"
+
+
+@check
+def a_merge_tells_what_it_cannot_take():
+    """A schedule belongs to the model that it was set on."""
+    import logging
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("oft").addHandler(handler)
+    try:
+        model = sd15()
+        adapter, at = adapter_for(model, ATTENTION), Strength()
+        for how in ("weights", "activations"):
+            for file, expected in ((adapter, 0), (scheduled(adapter, "linear"), 1)):
+                told.clear()
+                patched = host.apply(file, model, None, at, at, how).model.clone()
+                patched.get_key_patches("diffusion_model.")
+                assert sum("schedule" in text for text in told) == expected, (how, expected, told)
+    finally:
+        logging.getLogger("oft").removeHandler(handler)
 
 
 @check

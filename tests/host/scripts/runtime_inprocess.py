@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from checks import check, run_checks, start_host
@@ -32,7 +33,7 @@ if "comfyui_oft" in sys.modules:
     import gguf_layers
     import torch
     from comfyui_oft.nodes import everywhere, folders, host, layers, runtime
-    from comfyui_oft.oft_core import AdapterError, ReadOptions, Strength, read_tensors
+    from comfyui_oft.oft_core import AdapterError, ReadOptions, Schedule, Strength, read_tensors
 
     CPU = torch.device("cpu")
 
@@ -653,6 +654,58 @@ def hooks_of_others():
         node.unpatch_hooks()
         assert torch.equal(layer(x), plain)
     assert torch.equal(layer.weight, weight)
+
+
+@check
+def arriving_norms_follow_what_changes_the_weight():
+    """DoRA on the norms that it finds, over a LoRA hook and over a scheduled file with row scales."""
+    model = families.make_model("sd15")
+    key = next(k for k in shapes_of(model) if "attn1.to_q" in k)
+    layer = dict(model.model.named_modules())[key.removesuffix(".weight")]
+    tensors, _ = special(model)["DoRA on the arriving norms, linear"]
+    dora = read_tensors(tensors, {}, name="dora")
+    x = numbers(2, 5, 32)
+
+    def expected():
+        weight = layer.weight.detach().clone()
+        (patch,) = dora.bind(host.index_of(model, None)).patches
+        patch.apply_(weight, Strength())
+        return torch.nn.functional.linear(x, weight, layer.bias)
+
+    live = applied(dora, model, "activations").model
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0)
+    hook.weights, hook.need_weight_init = lora([key], model), False
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=0.0))
+    frames.add(comfy.hooks.HookKeyframe(strength=4.0, start_percent=0.5))
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    group.set_keyframes_on_hooks(frames)
+    group.hooks[0].hook_keyframe.initialize_timesteps(model.model)
+    live.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    answers = []
+    with loaded(live), torch.no_grad():
+        for sigma in (14.0, 0.1):
+            options = {"sample_sigmas": torch.tensor([14.0, 0.1])}
+            live.prepare_hook_patches_current_keyframe(torch.tensor([sigma]), group, {"transformer_options": options})
+            live.apply_hooks(group, force_apply=True)
+            answers.append(layer(x))
+            nearly({key: answers[-1]}, {key: expected()}, None, 1e-4)
+        live.unpatch_hooks()
+        nearly({key: layer(x)}, {key: expected()}, None, 1e-4)
+    assert apart(*answers) > 1e-2
+
+    below = read_tensors(tensors_for({key: (32, 32)}, "out", rows=True), {}, name="below")
+    below = replace(below, schedule=Schedule.parse("0:0, 1:1"))
+    live = applied(dora, applied(below, model, "weights").model, "activations").model
+    track = live.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "oft_schedule")[0].__self__
+    answers = []
+    with loaded(live), torch.no_grad():
+        for progress in (0.0, 0.5, 1.0):
+            track._move(live, lambda t, p=progress: t.seek(p))
+            answers.append(layer(x))
+            nearly({key: answers[-1]}, {key: expected()}, None, 1e-4)
+    assert apart(answers[0], answers[2]) > 1e-2
 
 
 @check
