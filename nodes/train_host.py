@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -465,9 +466,20 @@ class HostModel:
                 refused.append(str(error))
                 continue
             adapter = load_adapter(written)
-            missing = {*layers, *beside} - {p.key for p in adapter.bind(self.index).patches}
+            patches = adapter.bind(self.index).patches
+            missing = {*layers, *beside} - {p.key for p in patches}
             if missing:
                 raise FormatError("A layer could not be read back", file=path, module=min(missing))
+            turned = Counter(p.key for p in patches if isinstance(p.op, LayerRotation))
+            for key, count in turned.items():
+                if count != 1 or key not in layers:
+                    raise FormatError(
+                        "The file turns a weight more often than the training did",
+                        file=path,
+                        module=key,
+                        found=f"{count} rotations",
+                        expected=f"{int(key in layers)}",
+                    )
             return adapter, WRITERS[dialect].title
         raise FormatError("No file format can hold an adapter with these settings", found=" ".join(refused))
 

@@ -130,7 +130,25 @@ def _diffusers(spelling: Spelling, index: NameIndex) -> list[tuple[str, tuple[in
     own = [(spelling.path, None, False)]
     if spelling.path.startswith(("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks.")):
         return own
-    return list(spelling.others) or own
+    return _one_of_each(spelling, index) or own
+
+
+#: What U-Nets read that label classes: the width of SD 2.x's text (its variants for image embeddings). SDXL's and its refiner's is wider.
+_LABELLED_WIDTH = 1024
+_TEXT_KEY = re.compile(r"attn2\.to_k\.weight$")
+
+
+def _one_of_each(spelling: Spelling, index: NameIndex) -> list[tuple[str, tuple[int, int] | None, bool]]:
+    """The names in the other layout, one where the whole weight has several: each of them would be read as a layer of its own.
+
+    ``label_emb`` is such a weight: diffusers calls it ``class_embedding`` where it embeds class labels, ``add_embedding`` in SDXL.
+    """
+    whole = [other for other in spelling.others if other[1] is None]
+    if len(whole) < 2:
+        return list(spelling.others)
+    widths = {shape[1] for key, shape in index.shapes.items() if len(shape) == 2 and _TEXT_KEY.search(key)}
+    kind = "class_embedding." if widths == {_LABELLED_WIDTH} else "add_embedding."
+    return [next((other for other in whole if other[0].startswith(kind)), whole[0])]
 
 
 def _encoder_path(spelling: Spelling) -> str:

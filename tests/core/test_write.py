@@ -117,6 +117,38 @@ def test_read_back(tmp_path: Path, case: str) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+EMBEDDING = "diffusion_model.label_emb.0"
+
+
+@pytest.mark.parametrize(
+    ("width", "block"),
+    [(2048, "add_embedding"), (1280, "add_embedding"), (64, "add_embedding"), (1024, "class_embedding")],
+    ids=["SDXL", "its refiner", "a small one", "SD 2.x with class labels"],
+)
+@pytest.mark.parametrize(
+    ("dialect", "side"), [("oft_v2", "in"), ("oft_v2_plus", "in"), ("peft", "in"), ("lycoris", "out"), ("comfy", "out")]
+)
+def test_a_weight_of_two_names_is_written_once(tmp_path: Path, dialect: str, side: str, width: int, block: str) -> None:
+    shapes = {
+        f"{EMBEDDING}.0.weight": (32, 32), f"{EMBEDDING}.0.bias": (32,), f"{EMBEDDING}.2.weight": (32, 32),
+        "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (32, width),
+    }
+    layers, index = rotations(shapes, side), NameIndex(shapes)
+    beside = {f"{EMBEDDING}.0.bias": Diff(torch.randn(32))} if dialect in ("oft_v2_plus", "peft", "comfy") else {}
+    target = tmp_path / ("folder" if dialect == "peft" else "a.safetensors")
+    path = write_adapter(layers, index, target, dialect, beside=beside, base=base(shapes).get)
+    # Rotations by module: what follows the module's name is the dialect's.
+    modules = [k for k in load_file(path) if k.rpartition(".")[2] in ("weight", "oft_blocks") and "oft_" in k and "embedding" in k]
+    if dialect in ("oft_v2", "oft_v2_plus", "peft"):
+        assert len(modules) == 2 and all(f"{block}.linear" in k or f"{block}_linear" in k for k in modules), modules
+    patches = load_adapter(path).bind(index).patches
+    assert sorted(p.key for p in patches) == sorted([*layers, *beside])
+    want = applied(layers, shapes)
+    for key, diff in beside.items():
+        want[key] += diff.delta
+    assert_same(reread(path, shapes), want)
+
+
 def test_limits_are_settled_in_the_file(tmp_path: Path) -> None:
     layers = {}
     for key, layer in rotations(LDM, "out").items():

@@ -326,6 +326,44 @@ def biases_and_whole_modules_train():
 
 
 @check
+def a_weight_of_two_names_is_in_the_file_once():
+    """SDXL's `label_emb` has two names in diffusers' layout. What the file does is what was trained."""
+    whole = {"target_modules": "all-linear", "bias": "all", "modules_to_save": "out"}
+    said = family_trains("sdxl", config=whole, prediction="eps", learning_rate=0.01)
+    model = parts("sdxl")[0]
+
+    def saved(outcome, dialect):
+        options = {"name": f"label/{dialect}", "precision": "fp32", "folder": "oft", "model": model}
+        with torch.inference_mode():
+            return folders.read(save.OFTSave.execute(adapter=outcome.adapter, dialect=dialect, **options).args[0])
+
+    for side, dialects in (("input", ("peft", "oft_v2")), ("output", ("comfy", "lycoris"))):
+        fresh_user()
+        config = {"target_modules": "label_emb.0.0, label_emb.0.2, to_q", "side": side}
+        run = a_run("sdxl", steps=2, block_size=4, config=config)
+        outcome = go(run)
+        turned = [p.key for p in outcome.adapter.bind(run.host.index).patches]
+        assert len(turned) == len(set(turned)) == len(run.bank.parts["unet"][1].layers) == len(outcome.adapter.entries)
+        want = merged_weights(model, outcome.adapter)
+        for dialect in dialects:
+            other = saved(outcome, dialect)
+            assert sum("label_emb" in n or "embedding" in n for n in other.entries) == 2, list(other.entries)
+            got = merged_weights(model, other)
+            assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5, dialect
+    # A file of which more is read than was trained is not put out.
+    bind = type(outcome.adapter).bind
+
+    def twice(self, index, **options):
+        binding = bind(self, index, **options)
+        binding.patches = binding.patches * 2
+        return binding
+
+    with replaced(type(outcome.adapter), "bind", twice):
+        raises(FormatError, lambda: run.host.write(run.bank, None, str(run.path), {}), "2 rotations", "to_q")
+    return said
+
+
+@check
 def fp8_base_trains():
     """fp8 weights, computed in float32: only the activation side is touched, so nothing is quantised again."""
     fresh_user()
