@@ -66,7 +66,7 @@ def load_latest(folder: Path, fingerprint: Mapping[str, object] | None = None) -
         except _Damaged as error:
             damaged.append(str(error))
     if damaged:
-        raise StateError("No saved state can be read", file=folder, found="; ".join(damaged), hint="Start anew in an empty folder.")
+        raise StateError("No saved state can be read", file=folder, found="; ".join(damaged), hint="Switch resume off to start anew.")
     return None
 
 
@@ -99,7 +99,7 @@ def check_fingerprint(saved: Mapping[str, object], wanted: Mapping[str, object],
         raise StateError(
             "The saved state belongs to other settings, so it cannot be continued", file=path,
             found=show(saved), expected=show(wanted),
-            hint="Use the settings of the saved run, or start anew in another folder.",
+            hint="Use the settings of the saved run, or switch resume off to start anew.",
         )
 
 

@@ -23,7 +23,9 @@ from .seeds import generator
 
 #: Stands for the trigger word in captions.
 TRIGGER = "[trigger]"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+#: What systems keep in folders of pictures, besides names that begin with a dot.
+_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,34 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) ->
 
 
 def find_pictures(folder: str | os.PathLike) -> list[Path]:
-    """Picture files directly in the folder, sorted by name. Raises ConfigError if there is none."""
+    """Picture files directly in the folder, sorted by name; not hidden ones, such as macOS's "._a.jpg".
+
+    Raises ConfigError if there is none.
+    """
+    files = _files(folder)
+    found = [p for p in files if p.suffix.lower() in PICTURES]
+    if not found:
+        others = ", ".join(p.name for p in files[:5])
+        raise ConfigError(
+            "The folder holds no pictures", file=folder, found=others or None, expected="files ending in " + ", ".join(PICTURES)
+        )
+    return found
+
+
+def left_out(folder: str | os.PathLike) -> list[Path]:
+    """Files directly in the folder that are neither pictures of a known kind nor captions, sorted by name.
+
+    Raises ConfigError if there is no such folder.
+    """
+    return [p for p in _files(folder) if p.suffix.lower() not in (*PICTURES, ".txt") and p.name.lower() not in _OF_THE_SYSTEM]
+
+
+def _files(folder: str | os.PathLike) -> list[Path]:
+    """Files directly in the folder, sorted by name, without hidden ones."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError("There is no such folder", file=folder)
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file())
-    if not found:
-        raise ConfigError("The folder holds no pictures", file=folder, expected="files ending in " + ", ".join(PICTURES))
-    return found
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
 
 
 def caption_of(picture: Path, prompt: str = "", trigger: str = "") -> str:
@@ -95,6 +117,11 @@ def caption_beside(picture: Path) -> str | None:
     """The text of ``name.txt`` beside the picture as one line, None without that file. Raises ConfigError as ``caption_of``."""
     beside = picture.with_suffix(".txt")
     return " ".join(_read_text(beside).split()) if beside.is_file() else None
+
+
+def filled(text: str, trigger: str) -> str:
+    """The text with the trigger word for [trigger], as one line then; a text without [trigger] as it is."""
+    return " ".join(text.replace(TRIGGER, trigger).split()) if TRIGGER in text else text
 
 
 def with_trigger(text: str, trigger: str) -> str:
@@ -137,8 +164,8 @@ def _eight_bits(picture):
 def open_picture(path: str | os.PathLike):
     """(RGB picture upright by its EXIF orientation, alpha as an "L" picture or None), as Pillow images.
 
-    Raises ConfigError if Pillow cannot read the file, or if its values are no grey or colour of 8 or 16 bits. Fully opaque alpha
-    counts as none.
+    Of several frames the first. Fully opaque alpha counts as none. Raises ConfigError if Pillow cannot read the file, if it has more
+    pixels than Pillow opens, or if its values are no grey or colour of 8 or 16 bits.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -149,6 +176,11 @@ def open_picture(path: str | os.PathLike):
             picture = _eight_bits(ImageOps.exif_transpose(file))
             has_alpha = "A" in picture.getbands() or "transparency" in picture.info
             picture = picture.convert("RGBA" if has_alpha else "RGB")
+    except Image.DecompressionBombError as error:
+        raise ConfigError(
+            "This picture has too many pixels to be opened", file=path, found=str(error), expected=f"at most {2 * Image.MAX_IMAGE_PIXELS}",
+            hint="Scale it down; training uses far fewer.",
+        ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ConfigError("This picture cannot be read", file=path, found=str(error)) from error
     if not has_alpha:

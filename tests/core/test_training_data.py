@@ -11,9 +11,11 @@ import torch
 from oft_core.training import ConfigError, Order, Record
 from oft_core.training.data import (
     caption_of,
+    filled,
     find_pictures,
     fitted,
     folder_records,
+    left_out,
     load,
     make_buckets,
     nearest_bucket,
@@ -75,6 +77,33 @@ def test_folder_of_pictures(folder):
         find_pictures(folder / "sub.png")
     with pytest.raises(ConfigError, match="no such folder"):
         find_pictures(folder / "nowhere")
+
+
+def test_hidden_files_are_passed_over_and_other_kinds_are_named(folder):
+    """macOS keeps a file "._a.jpg" beside "a.jpg" on drives of other systems; it is no picture."""
+    for name in ("._b.jpg", ".hidden.png", "._notes.md", "Thumbs.db", "desktop.ini", "e.txt"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    for name in ("f.HEIC", "g.caption"):
+        (folder / name).write_bytes(b"no kind that is read")
+    Image.new("RGB", (64, 64), "red").save(folder / "h.jfif", format="JPEG")
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("blue", "red")]
+    frames[0].save(folder / "i.gif", save_all=True, append_images=frames[1:])
+    assert [p.name for p in find_pictures(folder)] == ["a wide.PNG", "b.jpg", "c.webp", "d.png", "h.jfif", "i.gif"]
+    assert [p.name for p in left_out(folder)] == ["f.HEIC", "g.caption", "notes.md"]
+    by_name = {r.name.rsplit("/", 1)[-1]: r for r in folder_records(folder, 64)}
+    assert load(by_name["h.jfif"].name, by_name["h.jfif"])[0][9, 9].tolist() == pytest.approx([1, 0, 0], abs=0.01)
+    image, mask = load(by_name["i.gif"].name, by_name["i.gif"])
+    assert image[9, 9].tolist() == [0, 0, 1] and mask is None, "not the first frame"
+    only = folder / "sub.png"
+    (only / "x.heic").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"no pictures.*x\.heic"):
+        find_pictures(only)
+
+
+def test_the_trigger_is_filled_in_without_being_added():
+    assert filled("a [trigger] cat,  asleep", "sks") == "a sks cat, asleep"
+    assert filled("a cat,  asleep", "sks") == "a cat,  asleep"
+    assert filled("a [trigger] cat", "") == "a cat"
 
 
 def test_pixels_are_upright_cut_in_the_middle_and_mirrored(folder):
@@ -151,6 +180,17 @@ def test_sixteen_bits_of_grey_become_eight(tmp_path):
     for name in ("more", "float"):
         with pytest.raises(ConfigError, match=f"cannot be read.*{name}.tif.*grey values"):
             open_picture(tmp_path / f"{name}.tif")
+
+
+def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    """Pillow warns above its limit and refuses above twice as much."""
+    for name, width in (("large", 15), ("huge", 25)):
+        Image.new("RGB", (width, 10)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert open_picture(tmp_path / "large.png")[0].size == (15, 10)
+    with pytest.raises(ConfigError, match=r"too many pixels.*huge\.png.*250"):
+        open_picture(tmp_path / "huge.png")
 
 
 def test_a_damaged_picture_is_named(tmp_path):
