@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from .errors import ConfigError
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_CONV = "all-linear", "all-conv"
 #: Layers to train by name, as regular expressions over module names of ComfyUI, diffusers and transformers models. text-attention:
 #: what attention takes from the text: keys and values of cross-attention (the layers of Custom Diffusion, Kumari et al. 2023,
 #: arXiv 2212.04488), or the text's own projections where text and picture attend jointly (SD3, Flux, Qwen-Image).
@@ -74,7 +74,7 @@ class OFTConfig:
     )
     exclude_modules: list[str] | str | None = field(
         default=None,
-        metadata=_option("Layers to leave out, as a list of names or a regular expression."),
+        metadata=_option("Layers to leave out, as a list of names, a regular expression or a preset."),
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
@@ -83,7 +83,7 @@ class OFTConfig:
     layers_pattern: list[str] | str | None = field(
         default=None,
         metadata=_option(
-            "Name of the module list that layers_to_transform counts in, for example "
+            "Name of the module list that layers_to_transform counts in, or several, for example "
             "'transformer_blocks'.",
         ),
     )
@@ -317,6 +317,7 @@ class OFTConfig:
             else:
                 chosen.append(choice)
         if not chosen and not saved:
+            self._refuse_numbers(model)
             have = [n for n, m in model.named_modules() if _kind(m) == "linear"]
             raise ConfigError(
                 "No layer of this model matches 'target_modules'", found=repr(self.target_modules),
@@ -326,7 +327,49 @@ class OFTConfig:
         missing = [m for m in self.modules_to_save or [] if not any(_saved_whole([m], n) for n in saved)]
         if missing:
             raise ConfigError("'modules_to_save' names modules that the model does not have", found=", ".join(missing))
-        return Selection(self, chosen, skipped, saved, self._biases(model, chosen, saved))
+        return Selection(self, chosen, skipped, saved, self._biases(model, chosen, saved), patterns=self._patterns(model, chosen))
+
+    def _patterns(self, model: nn.Module, chosen: list[LayerChoice]) -> dict[tuple[str, str], bool]:
+        """(option, one of its names, numbers or patterns) -> whether it has chosen, left out or set anything."""
+        layers = {n: m for n, m in model.named_modules() if n and _has_own_weight(m)}
+        # What would be trained if nothing was left out.
+        offered = {n: m for n, m in layers.items() if self._targeted(n, m) or self._conv_wanted(n, m)}
+        # Without the limit to blocks of some numbers: a name may be right and the number wrong.
+        targets = {n: m for n, m in layers.items() if self._named(n, m)}
+        found: dict[tuple[str, str], bool] = {}
+        for option, among in (
+            ("target_modules", targets), ("exclude_modules", offered),
+            ("conv_modules", {n: m for n, m in layers.items() if _is_conv(m)}),
+        ):
+            given = getattr(self, option)
+            for one in [given] if isinstance(given, str) else given or ():
+                each = given if isinstance(given, str) else [one]
+                found[option, one] = any(_chosen_by(each, n, m) for n, m in among.items())
+        for pattern in self.rank_pattern:
+            found["rank_pattern", pattern] = any(_rank_named(pattern, c.name) for c in chosen)
+        if self.layers_to_transform is not None:
+            numbers = {self._layer_number(n) for n in targets}
+            for number in self._wanted_numbers():
+                found["layers_to_transform", str(number)] = number in numbers
+            for pattern in self._layer_lists():
+                found["layers_pattern", pattern] = any(re.match(_in_list(pattern), n) for n in targets)
+        return found
+
+    def _refuse_numbers(self, model: nn.Module) -> None:
+        """Raises ConfigError if 'target_modules' alone had found layers, so that the numbers of blocks are at fault."""
+        layers = [(n, m) for n, m in model.named_modules() if n and _has_own_weight(m)]
+        targets = [n for n, m in layers if self._named(n, m)]
+        if not targets or any(self._targeted(n, m) for n, m in layers):
+            return
+        numbers = sorted({k for n in targets if (k := self._layer_number(n)) is not None})
+        lists = list(dict.fromkeys(m[1] for n in targets for m in re.finditer(r"(?:^|\.)([^.]*[^.\d][^.]*)\.\d+(?=\.)", n)))
+        raise ConfigError(
+            "No layer of 'target_modules' is in a block that 'layers_to_transform' and 'layers_pattern' name",
+            found=f"layers_to_transform = {self._wanted_numbers()}, layers_pattern = {self.layers_pattern!r}",
+            expected=f"some of the blocks {', '.join(map(str, numbers))}" if numbers else "a list of blocks that the layers are in",
+            hint=f"The layers are in {', '.join(lists[:5])}: name one of them in 'layers_pattern'." if lists
+            else "These layers are in no numbered blocks.",
+        )
 
     def _biases(self, model: nn.Module, chosen: list[LayerChoice], saved: list[str]) -> list[str]:
         if self.bias == "none":
@@ -340,32 +383,36 @@ class OFTConfig:
         ]
 
     def _wanted(self, name: str, module: nn.Module) -> bool:
-        if self.exclude_modules and _matches(self.exclude_modules, name):
+        if self.exclude_modules and _chosen_by(self.exclude_modules, name, module):
             return False
-        conv = self.conv_modules
-        if conv and _is_conv(module) and (conv == "all-conv" or _matches(conv, name)):
-            return True
-        target = self.target_modules
-        if not target:
-            return False
-        if isinstance(target, str):
-            if target.lower() == ALL_LINEAR:
-                return _kind(module) == "linear"
-            return re.fullmatch(PRESETS.get(target, target), name) is not None
-        return _matches(target, name) and self._layer_number_wanted(name)
+        return self._conv_wanted(name, module) or self._targeted(name, module)
 
-    def _layer_number_wanted(self, name: str) -> bool:
+    def _conv_wanted(self, name: str, module: nn.Module) -> bool:
+        return bool(self.conv_modules) and _is_conv(module) and _chosen_by(self.conv_modules, name, module)
+
+    def _named(self, name: str, module: nn.Module) -> bool:
+        """Whether 'target_modules' names it, in a block of any number."""
+        return bool(self.target_modules) and _chosen_by(self.target_modules, name, module)
+
+    def _targeted(self, name: str, module: nn.Module) -> bool:
+        return self._named(name, module) and (not self._wanted_numbers() or self._layer_number(name) in self._wanted_numbers())
+
+    def _wanted_numbers(self) -> list[int]:
+        """Numbers of the blocks to train; empty for all."""
         wanted = self.layers_to_transform
-        if wanted is None or isinstance(wanted, (list, tuple)) and not wanted:
-            return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else list(self.layers_pattern or [])
+        return [wanted] if isinstance(wanted, int) else list(wanted or ())
+
+    def _layer_lists(self) -> list[str]:
+        return [self.layers_pattern] if isinstance(self.layers_pattern, str) else list(self.layers_pattern or ())
+
+    def _layer_number(self, name: str) -> int | None:
+        """The number of the block that a layer is in; None if it is in none that counts."""
         # As PEFT: the first number in the name counts, or the one behind the named list.
-        tries = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-        for t in tries:
-            match = re.match(t, name)
+        for pattern in [_in_list(p) for p in self._layer_lists()] or [r".*?\.[^.]*\.(\d+)\."]:
+            match = re.match(pattern, name)
             if match:
-                return int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-        return False
+                return int(match[1])
+        return None
 
     def _choose(self, name: str, module: nn.Module) -> LayerChoice | str:
         """The choice for one layer, or the reason why it stays as it is. Raises ConfigError for a kind that cannot be rotated."""
@@ -377,7 +424,7 @@ class OFTConfig:
         if self.side == "input" and groups != 1:
             raise _refused(name, module, "a grouped convolution has no common input side")
         length = columns if self.side == "input" else rows
-        r = next((v for p, v in self.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({p})", name)), self.r)
+        r = next((v for p, v in self.rank_pattern.items() if _rank_named(p, name)), self.r)
         if groups != 1:
             # Rows of different groups read different channels: only turned among their own are they still a weight of this layer.
             wanted = length / r if r else self.oft_block_size
@@ -431,7 +478,8 @@ class LayerChoice:
 class Selection:
     """What of one model is trained: rotated layers, modules trained whole, biases; and what was left out, with the reason.
 
-    note: where other layers were taken than those asked for; empty otherwise.
+    note: where other layers were taken than those asked for; empty otherwise.   patterns: (option, name or pattern that it holds) ->
+    whether it matched a layer.
     """
 
     config: OFTConfig
@@ -440,6 +488,7 @@ class Selection:
     modules_to_save: list[str]
     biases: list[str]
     note: str = ""
+    patterns: Mapping[tuple[str, str], bool] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -450,9 +499,16 @@ class Selection:
         """Layers whose block size is not the one asked for, because it does not divide their width."""
         return [c for c in self.layers if c.adjusted]
 
-    def report(self) -> str:
-        """A few lines for people."""
-        return "\n".join(self._lines())
+    def report(self, found: Collection[tuple[str, str]] = ()) -> str:
+        """A few lines for people. found: patterns that have matched in another part of the same training."""
+        return "\n".join([*self._lines(), *self.unmatched(found)])
+
+    def unmatched(self, found: Collection[tuple[str, str]] = ()) -> list[str]:
+        """A line for every name and pattern of the settings that matched no layer here, and that is not in ``found``."""
+        return [
+            f"Option '{option}': '{pattern}' matched no layer, so it has no effect."
+            for (option, pattern), matched in self.patterns.items() if not matched and (option, pattern) not in found
+        ]
 
     def _lines(self) -> Iterator[str]:
         sizes: dict[int, int] = {}
@@ -497,6 +553,27 @@ def _matches(patterns: Sequence[str] | str, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _chosen_by(patterns: Sequence[str] | str, name: str, module: nn.Module) -> bool:
+    """Whether a layer is of those that an option names: as ``_matches``, or by 'all-linear', 'all-conv' or a preset."""
+    if isinstance(patterns, str):
+        if patterns.lower() == ALL_LINEAR:
+            return _kind(module) == "linear"
+        if patterns.lower() == ALL_CONV:
+            return _is_conv(module)
+        return _matches(PRESETS.get(patterns, patterns), name)
+    return _matches(patterns, name)
+
+
+def _in_list(pattern: str) -> str:
+    """The regular expression for the number behind a module list's name."""
+    return rf"(?:^|.*?\.){pattern}\.(\d+)\."
+
+
+def _rank_named(pattern: str, name: str) -> bool:
+    """Whether a name of 'rank_pattern' is for this layer: it or its end, as PEFT matches them."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 def _saved_whole(modules: Sequence[str] | None, name: str) -> bool:

@@ -631,6 +631,71 @@ def test_nothing_found_names_what_there_is():
         OFTConfig(target_modules=["nothing"]).select(Block())
 
 
+def named(*names: str) -> nn.Module:
+    """Linear layers under these names; those that end in "conv" are convolutions."""
+    model = nn.Module()
+    for name in names:
+        at = model
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, nn.Module())
+            at = getattr(at, part)
+        at.add_module(leaf, nn.Conv2d(8, 8, 3) if leaf == "conv" else nn.Linear(8, 8))
+    return model
+
+
+UNMATCHED = [
+    ({"exclude_modules": ["to_k", "to_x"]}, ["'exclude_modules': 'to_x'"]),
+    ({"exclude_modules": ["ff"]}, ["'exclude_modules': 'ff'"]),  # there is such a layer, but nobody asked to train it
+    ({"exclude_modules": r".*nothing"}, ["'exclude_modules': '.*nothing'"]),
+    ({"conv_modules": ["ff", "conv"]}, ["'conv_modules': 'ff'"]),
+    ({"conv_modules": r"convs\..*"}, ["'conv_modules': 'convs\\..*'"]),
+    ({"rank_pattern": {"to_q": 2, "to_vv": 4}}, ["'rank_pattern': 'to_vv'"]),
+    ({"target_modules": ["to_q", "to_kk"]}, ["'target_modules': 'to_kk'"]),
+    ({"target_modules": ["to_q"], "layers_to_transform": [0, 7], "layers_pattern": ["blocks", "stacks"]},
+     ["'layers_to_transform': '7'", "'layers_pattern': 'stacks'"]),
+    ({"exclude_modules": ["to_k"], "conv_modules": "all-conv", "rank_pattern": {"to_q": 2}}, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "expected"), UNMATCHED, ids=str)
+def test_a_choice_that_matches_no_layer_is_said(options, expected):
+    model = named("blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_q", "ff", "conv")
+    selection = OFTConfig(**{"oft_block_size": 4, "target_modules": ["to_q", "to_k"], **options}).select(model)
+    said = [line for line in selection.report().splitlines() if "matched no layer" in line]
+    assert said == [f"Option {e} matched no layer, so it has no effect." for e in expected]
+    # What another part of the same training has found is not said again.
+    assert "matched no layer" not in selection.report(found=set(selection.patterns))
+
+
+def test_presets_leave_layers_out_too():
+    names = ("blocks.0.attn2.to_k", "blocks.0.attn2.to_q", "blocks.0.attn1.to_k")
+    config = OFTConfig(oft_block_size=4, target_modules="attention", exclude_modules="text-attention")
+    selection = config.select(named(*names))
+    assert [c.name for c in selection.layers] == [names[1], names[2]] and "no layer" not in selection.report()
+    config = OFTConfig(oft_block_size=4, target_modules="attention", conv_modules="all-conv", exclude_modules="all-linear")
+    assert [c.name for c in config.select(named(*names, "conv")).layers] == ["conv"]
+
+
+def test_block_numbers_that_fit_nothing_are_named():
+    model = named("joint_blocks.0.attn.qkv", "joint_blocks.1.attn.qkv", "final.qkv")
+    given = {"oft_block_size": 4, "target_modules": ["qkv"]}
+    # Counted as PEFT does: without layers_pattern something has to stand before the list's name.
+    with pytest.raises(ConfigError) as fault:
+        OFTConfig(**given, layers_to_transform=[0]).select(model)
+    assert all(w in str(fault.value) for w in ("'layers_to_transform'", "'layers_pattern'", "joint_blocks")), fault.value
+    with pytest.raises(ConfigError) as fault:
+        OFTConfig(**given, layers_to_transform=[4], layers_pattern="joint_blocks").select(model)
+    assert all(w in str(fault.value) for w in ("'layers_to_transform'", "[4]", "0, 1")), fault.value
+    with pytest.raises(ConfigError, match="'layers_pattern'.*input_blocks"):
+        OFTConfig(**given, layers_to_transform=[0], layers_pattern=["input_blocks"]).select(model)
+    with pytest.raises(ConfigError, match="matches 'target_modules'"):
+        OFTConfig(oft_block_size=4, target_modules=["to_q"], layers_to_transform=[0]).select(model)
+    right = OFTConfig(**given, layers_to_transform=[1], layers_pattern=["input_blocks", "joint_blocks"]).select(model)
+    assert [c.name for c in right.layers] == ["joint_blocks.1.attn.qkv"]
+
+
 def test_rank_pattern_and_remarks():
     model = Block()
     config = OFTConfig(oft_block_size=4, target_modules=["to_q", "to_k"], rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 8.0})
