@@ -26,6 +26,11 @@ from .objective import Noised, Objective, per_sample_error
 from .optim import OPTIMIZERS, SCHEDULES, averaged_values, make_optimizer, schedule
 
 PRIORS = ("none", "pictures", "match")
+#: Arguments of optimizers that are settings of their own -> which.
+_NOT_ARGUMENTS = {
+    "lr": "the learning rate", "weight_decay": "'weight_decay'", "name": "'optimizer'", "params": "'target_modules'",
+    "groups": "'target_modules'",
+}
 #: Slots of class pictures, apart from those of instance pictures, so that both get noise of their own.
 _CLASS_SLOTS = 1 << 20
 
@@ -78,6 +83,12 @@ class TrainSettings:
         need("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
         need("schedule", self.schedule in SCHEDULES, " or ".join(SCHEDULES))
         need("prior", self.prior in PRIORS, " or ".join(PRIORS))
+        for name in self.optimizer_args:
+            if name in _NOT_ARGUMENTS:
+                raise ConfigError(
+                    f"Option 'optimizer_args' cannot hold {name!r}", found=f"{name} = {self.optimizer_args[name]!r}",
+                    expected=f"arguments such as betas; for this there is {_NOT_ARGUMENTS[name]}",
+                )
 
     def fingerprint(self) -> dict[str, object]:
         """What a resumed run must share. The number of steps counts only where the schedule depends on it."""
@@ -128,7 +139,8 @@ class Trainer:
     class_records: pictures (``prior="pictures"``) or only prompts (``"match"``) of the class.
     state_dir: where states are written; None for never.   around: a context for the whole run, such as ``checkpointing(blocks)``.
     progress(Progress), sample(step, values), should_stop() -> bool: called between steps. ``sample`` runs while the model answers
-    with the trained rotations and without gradients; ``values`` goes to ``bank.adapter_tensors`` for the same as an adapter.
+    with the trained rotations and without gradients; ``values`` goes to ``bank.adapter_tensors`` for the same as an adapter. It is
+    called again where a run goes on from a step with samples, since it may have been interrupted; a host that has them can pass.
     fingerprint: what else a resumed run must share (the model's hash, for example), plain values.
     """
 
@@ -198,6 +210,7 @@ class Trainer:
         self._stop = False
         self._updating = False
         self._saved_step: int | None = None
+        self._sampled_step = 0
         self._extra = dict(fingerprint or {})
 
     # ---------------------------------------------------------------- control
@@ -223,6 +236,8 @@ class Trainer:
         memory: str | None = None
         try:
             with self.bank.installed(), self.around():
+                if self.step < self.settings.steps:
+                    self._sample()
                 while self.step < self.settings.steps:
                     if self._stop or self.should_stop is not None and self.should_stop():
                         self._stop = True
@@ -279,10 +294,17 @@ class Trainer:
         if self.progress is not None:
             lr = self.optimizer.param_groups[0]["lr"]
             self.progress(Progress(self.step, s.steps, loss, norm, lr, time.monotonic() - started))
-        if self.sample is not None and s.sample_every and self.step % s.sample_every == 0:
-            values = self.values()
-            with self.bank.evaluation(values):
-                self.sample(self.step, values)
+        self._sample()
+
+    def _sample(self) -> None:
+        """Let the host draw, after a step that has samples and if it has not finished those of this step."""
+        every = self.settings.sample_every
+        if self.sample is None or not every or self.step % every or self._sampled_step == self.step:
+            return
+        values = self.values()
+        with self.bank.evaluation(values):
+            self.sample(self.step, values)
+        self._sampled_step = self.step
 
     def _backward(self, number: int, slots: range) -> float:
         """Forward and backward of one batch; returns its share of the step's loss."""
@@ -376,6 +398,7 @@ class Trainer:
         self.step, self.losses, self.notes = state["step"], list(state["losses"]), list(state["notes"])
         self._scale = state["loss_scale"]
         self._saved_step = self.step
+        self._sampled_step = 0
 
     def resume(self) -> bool:
         """Continue from the newest state in ``state_dir``; False if there is none. Raises StateError if it belongs to other settings."""

@@ -271,7 +271,7 @@ def test_nothing_to_resume_is_told_apart_from_damage(tmp_path):
     rig = Rig(tmp_path)
     assert rig.trainer.resume() and rig.trainer.step == 2
     older.write_bytes(b"")
-    with pytest.raises(StateError, match="No saved state can be read"):
+    with pytest.raises(StateError, match="No saved state can be read.*[Ss]witch resume off"):
         Rig(tmp_path).trainer.resume()
 
 
@@ -403,6 +403,37 @@ def test_sampling_does_not_change_the_run():
     for rig in (plain, sampled):
         rig.trainer.run()
     assert same(plain.everything(), sampled.everything())
+
+
+def test_a_sample_that_was_interrupted_is_drawn_after_a_resume(tmp_path):
+    """Before the next step, with the values that it was to show; once only, and the run stays the same."""
+    class Interrupted(Exception):
+        pass
+
+    def drawer(drawn, fails_at=()):
+        def sample(step, values):
+            if step in fails_at:
+                raise Interrupted
+            drawn.append((step, float(values["te1/rotation/8"].norm())))
+        return {"sample": sample}
+
+    whole, first, rest = [], [], []
+    settings = {"steps": 6, "sample_every": 2, "ema": 0.9}
+    plain = Rig(trainer=drawer(whole), **settings)
+    plain.trainer.run()
+    stopped = Rig(tmp_path, trainer=drawer(first, fails_at=(4,)), **settings)
+    with pytest.raises(Interrupted):
+        stopped.trainer.run()
+    again = Rig(tmp_path, trainer=drawer(rest), **settings)
+    assert again.trainer.resume() and again.trainer.step == 4
+    again.trainer.run()
+    assert [s for s, _ in whole] == [2, 4, 6] and first + rest == whole
+    assert same(plain.everything(), again.everything())
+    # The same trainer again, and one that was stopped after the sample was drawn.
+    stopped.trainer.sample = drawer(more := [])["sample"]
+    stopped.trainer.run()
+    assert first + more == whole
+    assert not again.trainer.run().stopped and first + rest == whole
 
 
 def test_stop_from_outside_ends_at_the_next_step():
@@ -677,3 +708,14 @@ def test_clipping():
 def test_wrong_settings_are_refused_by_name(options, word):
     with pytest.raises(ConfigError, match=f"'{word}'"):
         TrainSettings(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("lr", "learning rate"), ("weight_decay", "'weight_decay'"), ("name", "'optimizer'"), ("params", "'target_modules'"),
+     ("groups", "'target_modules'")],
+)  # fmt: skip
+def test_arguments_of_the_optimizer_that_are_settings_are_refused(name, instead):
+    with pytest.raises(ConfigError) as fault:
+        TrainSettings(optimizer_args={"betas": [0.9, 0.99], name: 1e-3})
+    assert all(w in str(fault.value) for w in ("'optimizer_args'", repr(name), instead)), fault.value
