@@ -25,6 +25,8 @@ from . import compat
 from .files import inside
 
 CATEGORY = "OFT"
+# Names of files that the summary lists at most.
+MOST_NAMES = 5
 NO_FOLDER = "(none)"
 OFTDataset = io.Custom("OFT_DATASET")
 
@@ -40,7 +42,7 @@ TIPS = {
     ),
     "folder": (
         "A folder inside ComfyUI's input folder. A text file of the same name beside a picture is its caption. "
-        "Press R after adding a folder."
+        "The summary names files of kinds that are not read. Press R after adding a folder."
     ),
     "captions": (
         "One caption a line, in the order of the pictures (folders: sorted by name). Empty lines, and pictures "
@@ -51,7 +53,7 @@ TIPS = {
     ),
     "trigger": (
         "A rare word for the subject, such as 'ohwx'. It is put in front of captions that do not have it. Empty: "
-        "captions stay as they are."
+        "nothing is put in front, and [trigger] is taken out."
     ),
     "class_prompt": (
         "What the subject is in general, such as 'a photo of a dog'. Used to keep the model's idea of that class "
@@ -201,10 +203,12 @@ def build(
             found="both" if linked else "neither",
         )
     if linked:
+        others = []
         opened = _from_link(pictures)
         names = [f"picture {i + 1}" for i in range(len(opened))]
         beside = [""] * len(opened)
     else:
+        others = data.left_out(folder_path(folder))
         paths = data.find_pictures(folder_path(folder))
         names = [str(p) for p in paths]
         opened = [data.open_picture(p) for p in paths]
@@ -233,16 +237,21 @@ def build(
     step = bucket_step
     sizes = data.make_buckets(resolution, step) if buckets else [(max(step, resolution // step * step),) * 2]
     notes: list[str] = []
+    if others:
+        listed = ", ".join(p.name for p in others[:MOST_NAMES]) + (", …" if len(others) > MOST_NAMES else "")
+        notes.append(f"{len(others)} {'files were' if len(others) > 1 else 'file was'} left out: {listed}")
     records: list[Record] = []
     seen = hashlib.sha256()
     kept: dict[str, tuple[Any, Any]] = {}
-    small = 0
+    small = without_word = 0
     for name, (picture, mask), line, text in zip(names, opened, given, beside, strict=True):
         bucket = data.nearest_bucket(picture.size, sizes)
         small += picture.size[0] < bucket[0] or picture.size[1] < bucket[1]
         if mask is not None:
             _check_mask(mask, bucket, name, connected=masks is not None)
-        caption = data.with_trigger(line.strip() or text or instance_prompt, trigger)
+        written = line.strip() or text or instance_prompt
+        without_word += not trigger and data.TRIGGER in written
+        caption = data.with_trigger(written, trigger)
         if linked or masks is not None:
             kept[name] = (picture, mask)
         for part in (picture, mask):
@@ -251,6 +260,10 @@ def build(
             records.append(Record(name, caption, bucket, repeats, flip, mask is not None))
     if small:
         notes.append(f"{small} pictures are smaller than their size in training and are enlarged.")
+    if without_word:
+        notes.append(
+            f"There is no trigger word: {data.TRIGGER} was taken out of {without_word} caption{'s' * (without_word > 1)}."
+        )
     if not any(r.caption for r in records):
         notes.append(
             "No picture has a caption. An instance prompt with a trigger word teaches a subject better."

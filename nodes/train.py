@@ -39,7 +39,9 @@ TIPS = {
     "coft_degrees": "The largest angle in degrees, used with coft = angle.",
     "coft_eps": "The radius of PEFT's constraint, shared by the blocks of a layer, used with coft = eps.",
     "seed": "Of order, noise and samples. The same inputs with the same seed give the same file.",
-    "sample_prompts": "One prompt a line for the sample pictures. Empty: the first caption.",
+    "sample_prompts": (
+        "One prompt a line for the sample pictures; [trigger] stands for the trigger word. Empty: the first caption."
+    ),
     "sample_every": "Steps between sample pictures; 0: only at the end.",
     "save_every": "Steps between saves of state and file; 0: only at the end and on stop.",
     "low_vram": (
@@ -47,8 +49,9 @@ TIPS = {
         "addition, weights stay in main memory as far as they do not fit."
     ),
     "resume": (
-        "Go on from the last saved state of the same run (stopped, failed, or with fewer steps). Off: start anew. "
-        "A run that is already complete is never repeated."
+        "Go on from the last saved state of the same run: stopped, failed, or with fewer steps if the schedule is constant. "
+        "Off: start anew. A run that is complete is not repeated as long as it is among the 10 newest complete ones; "
+        "one that can go on is kept for 30 days."
     ),
     "name": "Name of the file in models/oft; may contain a subfolder. A number is added.",
     "config": "All other settings, from OFT Training Settings.",
@@ -62,12 +65,24 @@ CONFIG_TIPS = {
     "module_dropout": "Share of the blocks that stay at identity during a training step, chosen anew each step. -1 by preset.",
     "target_modules": (
         "Which layers, instead of the preset's: 'attention', 'text-attention' (only what attention takes from the text), "
-        "'attention+ff', 'all-linear', names separated by commas, or a regular expression over whole names. Empty: by preset."
+        "'attention+ff', 'all-linear', names separated by commas, or a regular expression over whole names. Empty: by preset. "
+        "Of the diffusion model only: text encoders are trained in their attention."
     ),
-    "exclude_modules": "Layers to leave out: names separated by commas, or a regular expression.",
-    "conv_modules": "Convolutions to train as well: 'all-conv', names, or a regular expression. Empty: none.",
-    "layers_to_transform": "Numbers of the blocks to train, separated by commas. Needs target_modules as names.",
-    "layers_pattern": "Name of the module list that those numbers count in, such as 'transformer_blocks'.",
+    "exclude_modules": (
+        "Layers of the diffusion model to leave out: names separated by commas, a regular expression, or one of the choices of "
+        "target_modules. Has no effect on text encoders."
+    ),
+    "conv_modules": (
+        "Convolutions of the diffusion model to train as well: 'all-conv', names, or a regular expression. Empty: none."
+    ),
+    "layers_to_transform": (
+        "Numbers of the blocks to train, separated by commas. Needs target_modules as names, and layers_pattern. Has no effect on "
+        "text encoders."
+    ),
+    "layers_pattern": (
+        "Names of the module lists that those numbers count in, separated by commas. ComfyUI's models need it, such as "
+        "'joint_blocks', 'double_blocks' or 'transformer_blocks'."
+    ),
     "rank_pattern": 'Other numbers of blocks for some layers, as JSON: {"to_q": 8}.',
     "alpha_pattern": "Accepted, so that settings of other methods can be used as they are. OFT has no alpha: no effect.",
     "modules_to_save": (
@@ -81,7 +96,9 @@ CONFIG_TIPS = {
         "adamw is the safe choice. prodigy wants learning rate 1, lion a third of adamw's, came a tenth. All but "
         "adamw and adafactor need their package in ComfyUI's Python."
     ),
-    "optimizer_args": 'Arguments of the optimizer, as JSON: {"betas": [0.9, 0.99]}.',
+    "optimizer_args": (
+        'Arguments of the optimizer, as JSON: {"betas": [0.9, 0.99]}. Learning rate and weight decay have inputs of their own.'
+    ),
     "schedule": "Of the learning rate after the warm-up.",
     "warmup": "Steps in which the learning rate rises.",
     "weight_decay": "Pulls rotations back to none: how far they turn ends where this and the gradient balance. -1 by preset.",
@@ -112,7 +129,7 @@ CONFIG_TIPS = {
     "sample_cfg": "CFG of sample pictures; 0: by the model (5, and 1 for Flux).",
     "sample_sampler": "Sampler of sample pictures.",
     "sample_scheduler": "Scheduler of sample pictures.",
-    "sample_negative": "Negative prompt of sample pictures.",
+    "sample_negative": "Negative prompt of sample pictures; [trigger] stands for the trigger word.",
     "sample_seed": "Seed of sample pictures; -1: the training's.",
 }
 
