@@ -17,6 +17,9 @@ RUN = "oft_run"
 
 def new_file(prefix: str, root: str) -> Path:
     """A free path `root/prefix_00001_.safetensors`, the number one above the highest. Raises ConfigError."""
+    if not prefix.strip(" ./\\"):
+        # The host would make a hidden file of it.
+        raise ConfigError("A file cannot be saved without a name", found=repr(prefix), expected="such as training/subject")
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
     except Exception as error:  # the host raises plain Exception for paths outside

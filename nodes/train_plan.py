@@ -10,6 +10,7 @@ from typing import Any
 
 from ..oft_core.training import ConfigError, OFTConfig, TrainSettings
 from ..oft_core.training.config import PRESETS as TARGETS
+from ..oft_core.training.data import filled
 from ..oft_core.training.presets import TRAIN_PRESETS
 from .dataset import TrainingSet
 from .train_host import ENCODERS, T5, UNET, SamplePlan
@@ -48,6 +49,11 @@ def _layers(text: str) -> list[str] | str | None:
             "This is neither names nor a regular expression", found=text, expected=str(error)
         ) from error
     return text
+
+
+def _names(text: str) -> list[str] | None:
+    """Names separated by commas; None for nothing."""
+    return [n.strip() for n in text.split(",") if n.strip()] or None
 
 
 def _json(name: str, text: str) -> dict[str, Any]:
@@ -188,11 +194,11 @@ def make_plan(
             "part_lr": rates,
         }
     )
-    prompts = tuple(p.strip() for p in sample_prompts.splitlines() if p.strip())
+    prompts = tuple(filled(p.strip(), dataset.trigger) for p in sample_prompts.splitlines() if p.strip())
     sample_seed = run.get("sample_seed", -1)
     samples = SamplePlan(
         prompts or (dataset.records[0].caption,),
-        run.get("sample_negative", ""),
+        filled(run.get("sample_negative", ""), dataset.trigger),
         seed if sample_seed < 0 else sample_seed,
         run.get("sample_steps", 20),
         run.get("sample_cfg", 0.0),
@@ -223,10 +229,10 @@ def make_config(**given: Any) -> TrainConfig:
         "exclude_modules": _layers,
         "conv_modules": _layers,
         "layers_to_transform": _whole_numbers,
-        "layers_pattern": lambda t: t.strip() or None,
+        "layers_pattern": _names,
         "rank_pattern": lambda t: _json("rank_pattern", t),
         "alpha_pattern": lambda t: _json("alpha_pattern", t),
-        "modules_to_save": lambda t: [n.strip() for n in t.split(",") if n.strip()] or None,
+        "modules_to_save": _names,
     }
     oft = {k: read(given[k]) for k, read in texts.items() if k in given}
     plain = (

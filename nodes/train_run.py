@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..oft_core.adapter import load_adapter
 from ..oft_core.atomic import atomically, remove_partials
 from ..oft_core.training import ConfigError, Progress, Record, Trainer, TrainingError
 from ..oft_core.training.checkpoint import saved_states
+from ..oft_core.training.config import Selection
 from . import folders, train_host, train_mode
 from .dataset import TrainingSet, from_pillow, to_pillow
 from .files import RUN, header, listed, new_file
@@ -168,6 +170,9 @@ class Run:
         if plan.usual_loss_scale:
             settings = dataclasses.replace(settings, loss_scale=host_model.loss_scale)
         self.bank = bank
+        for selection, found in self._selections():
+            for line in selection.unmatched(found):
+                log.warning("OFT: %s", line)
         trainer = self.trainer = Trainer(
             bank,
             settings,
@@ -238,7 +243,7 @@ class Run:
             drawn = []
             for i in range(count):
                 self._say(f"Drawing class picture {i + 1} of {count}")
-                drawn.append(self.host.sample_latent(prompt, plan, size, self.plan.settings.seed + i))
+                drawn.append(self.host.sample_latent(prompt, plan, size, (self.plan.settings.seed + i) % 2**64))
             latents = self.host.base.process_latent_in(torch.cat(drawn)).float().cpu().contiguous()
             self.store.put(place, latents)
         records = [Record(f"class {i}", prompt, size, role="class") for i in range(count)]
@@ -278,15 +283,20 @@ class Run:
         ]
 
     def _sample(self, step: int, _: Any) -> None:
-        """Sample pictures of the rotations that are active, shown on the node."""
+        """Sample pictures of the rotations that are active, shown on the node; not those that are drawn already."""
         known = self._sample_names(step)
         if self.pictures and self.sample_files[-len(known) :] == known:
             return
+        # A run that goes on is asked for the samples of its first step too, since it may have been stopped while it drew them.
+        goes_on = step == self.resumed and step < self.plan.settings.steps
+        if goes_on and all((self.folder / name).is_file() for name in known):
+            return
         images = self.host.draw(self.plan.samples, self.dataset.main_bucket, self.plan.settings.batch_size)
         (self.folder / "samples").mkdir(exist_ok=True)
+        remove_partials(self.folder / "samples", "step")
         for name, image in zip(known, images, strict=True):
             picture = to_pillow(image)
-            picture.save(self.folder / name)
+            atomically(self.folder / name, lambda part, picture=picture: picture.save(part, "PNG"))
             self.sample_files.append(name)
             self.pictures.append(from_pillow(picture))
             self.bar.update_absolute(step, self.plan.settings.steps, ("JPEG", picture, 512))
@@ -360,6 +370,14 @@ class Run:
             "oft_losses": json.dumps([round(x, 5) for x in losses[:: max(1, len(losses) // 500)]]),
         }
 
+    def _selections(self) -> Iterator[tuple[Selection, set[tuple[str, str]]]]:
+        """What is trained of each part, and the patterns of the settings of which nothing is left to say there."""
+        selections = [selection for _, selection in self.bank.parts.values()]
+        found = {p for s in selections for p, matched in s.patterns.items() if matched}
+        for selection in selections:
+            yield selection, found
+            found = found | set(selection.patterns)
+
     def _report(self, adapter: Adapter, seconds: float) -> str:
         trainer = self.trainer
         done = trainer.step - self.resumed
@@ -372,8 +390,7 @@ class Run:
             f"{_duration(seconds)}, {seconds / max(done, 1):.2f} s a step." if done else "",
             f"Prediction: {trainer.objective.prediction}. Prior: {self.plan.prior}.",
         ]
-        for _, selection in self.bank.parts.values():
-            lines.append(selection.report())
+        lines += [selection.report(found) for selection, found in self._selections()]
         lines += trainer.notes
         lines += self.dataset.notes
         if self.store.found:

@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from checks import check, run_checks, start_host
+from checks import REPO, check, run_checks, start_host
 
 if __name__ == "__main__":
     work, wanted = start_host()
@@ -835,6 +836,17 @@ def class_is_kept():
     assert match.losses[0] == none.losses[0] and with_pictures.losses[0] > none.losses[0]
 
 
+@check
+def the_largest_seed_draws_class_pictures():
+    fresh_user()
+    of = a_set(class_prompt="a photo of a dog")
+    seeds = []
+    sample = train_host.HostModel.sample_latent
+    with replaced(train_host.HostModel, "sample_latent", lambda *a: seeds.append(a[4]) or sample(*a)):
+        go(a_run(of=of, steps=1, seed=2**64 - 1, config={"prior": "pictures", "class_pictures": 2, "sample_seed": 5}))
+    assert seeds[:2] == [2**64 - 1, 0], seeds
+
+
 def other_sampling(family):
     """A family's model, and a clone that a node makes sample in another way."""
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
@@ -893,6 +905,68 @@ def captions_beside_pictures_hold_the_trigger():
         (root / f"{name}.txt").write_text(text, "utf-8")
     said = [r.caption for r in a_set(folder="captioned", trigger="sks", instance_prompt="my [trigger] toy").records]
     assert said == ["a sks dog in snow", "sks, two desks", "my sks toy"], said
+
+
+@check
+def the_trigger_stands_in_sample_prompts_too():
+    options = {"sample_prompts": "[trigger] in a boat\na cat", "config": {"sample_negative": "not [trigger]"}}
+    plan = a_run(of=a_set(trigger="sks"), **options).plan.samples
+    assert plan.prompts == ("sks in a boat", "a cat") and plan.negative == "not sks", plan
+    of = a_set(trigger="")
+    plan = a_run(of=of, **options).plan.samples
+    assert plan.prompts == ("in a boat", "a cat") and plan.negative == "not", plan
+    # Without a word it is taken out of captions as well, which is said.
+    assert of.records[0].caption == "a photo of"
+    assert "[trigger] was taken out of 2 captions" in dataset.summary(of), dataset.summary(of)
+    plain = a_set(trigger="", instance_prompt="a photo")
+    assert "[trigger]" not in dataset.summary(plain) + dataset.summary(a_set())
+
+
+@check
+def files_that_are_not_learnt_from_are_named():
+    root = Path(folder_paths.get_input_directory()) / "mixed"
+    root.mkdir()
+    for name in ("a.jpg", "b.gif", "c.jfif"):
+        Image.new("RGB", (64, 64), "red").save(root / name, format="GIF" if name == "b.gif" else "JPEG")
+    (root / "a.txt").write_text("a cat", "utf-8")
+    for name in ("._a.jpg", ".DS_Store", "Thumbs.db"):
+        (root / name).write_bytes(b"\x00\x05\x16\x07")
+    of = a_set(folder="mixed")
+    assert len(of.records) == 3 and "left out" not in dataset.summary(of), dataset.summary(of)
+    (root / "d.heic").write_bytes(b"")
+    assert "1 file was left out: d.heic" in dataset.summary(a_set(folder="mixed"))
+    for i in range(6):
+        (root / f"e{i}.caption").write_bytes(b"")
+    said = dataset.summary(a_set(folder="mixed"))
+    assert "7 files were left out: d.heic, e0.caption, e1.caption, e2.caption, e3.caption, …" in said, said
+    assert a_set(folder="mixed").digest == of.digest
+
+
+@check
+def choices_that_match_no_layer_are_said():
+    fresh_user()
+    chosen = {"target_modules": "to_q, to_k, to_zz", "exclude_modules": "to_k, to_x", "text_encoder_lr": 0.01}
+    report = go(a_run(steps=1, config={**chosen, "rank_pattern": '{"to_q": 2, "q_proj": 2, "zz": 2}'})).report
+    said = [line for line in report.splitlines() if "matched no layer" in line]
+    expected = [("target_modules", "to_zz"), ("exclude_modules", "to_x"), ("rank_pattern", "zz")]
+    assert said == [f"Option '{o}': '{p}' matched no layer, so it has no effect." for o, p in expected], said
+    # A preset can be left out by name.
+    fresh_user()
+    run = a_run(steps=1, config={"exclude_modules": "text-attention"})
+    assert "matched no layer" not in go(run).report
+    names = [c.name for c in run.bank.parts["unet"][1].layers]
+    assert names and not any("attn2.to_k" in n for n in names) and any("attn1.to_k" in n for n in names)
+
+
+@check
+def block_numbers_count_in_named_lists():
+    config = {"target_modules": "qkv", "layers_to_transform": "0"}
+    raises(ConfigError, lambda: go(a_run("sd3", config=config)), "layers_to_transform", "layers_pattern", "joint_blocks")
+    fresh_user()
+    run = a_run("sd3", steps=1, config={**config, "layers_pattern": "input_blocks, joint_blocks"})
+    report = go(run).report
+    assert {c.name.split(".")[1] for c in run.bank.parts["unet"][1].layers} == {"0"}
+    assert "'layers_pattern': 'input_blocks' matched no layer" in report, report
 
 
 @check
@@ -997,6 +1071,18 @@ def t5_trains():
 
 
 # --- stop, resume, errors -----------------------------------------------------------------------------------
+
+
+def stop_before(step):
+    """In place of a trainer's step: the interrupt button, pressed as the step after `step` begins."""
+    one_step = Trainer._one_step
+
+    def instead(self, started):
+        if self.step == step:
+            raise train_mode.Stopped
+        one_step(self, started)
+
+    return instead
 
 
 @contextlib.contextmanager
@@ -1478,6 +1564,49 @@ def samples_and_saves_while_it_runs():
 
 
 @check
+def an_interrupted_sample_is_drawn_when_the_run_goes_on():
+    fresh_user()
+    options = {"steps": 6, "sample_every": 2, "sample_prompts": "ohwx in a boat\nohwx in snow"}
+    whole = a_run(**options)
+    outcome = go(whole)
+    expected = {name: (whole.folder / name).read_bytes() for name in whole.sample_files}
+    for finished in (0, 1):
+        fresh_user()
+        first = a_run(**options)
+        draw = first.host.draw
+
+        def stop(*args, run=first, finished=finished, draw=draw):
+            images = draw(*args)
+            if run.trainer.step == 4:
+                for name, image in list(zip(run._sample_names(4), images, strict=True))[:finished]:
+                    dataset.to_pillow(image).save(run.folder / name)
+                raise train_mode.Stopped
+            return images
+
+        first.host.draw = stop
+        with contextlib.suppress(train_mode.Stopped):
+            go(first)
+        assert first.trainer.step == 4
+        rest = a_run(**options)
+        done = go(rest)
+        assert rest.resumed == 4 and len(expected) == 6
+        for name, content in expected.items():
+            assert (rest.folder / name).read_bytes() == content, f"{name} differs"
+        same(learnt(done), learnt(outcome))
+        assert done.losses == outcome.losses and torch.equal(done.samples, outcome.samples[2:])
+    # Stopped after the samples were drawn: they are not drawn again.
+    fresh_user()
+    first = a_run(**options)
+    with contextlib.suppress(train_mode.Stopped), replaced(Trainer, "_one_step", stop_before(4)):
+        go(first)
+    assert first.trainer.step == 4 and len(list((first.folder / "samples").iterdir())) == 4
+    rest = a_run(**options)
+    with counted((rest.host, "draw")) as counts:
+        go(rest)
+    assert rest.resumed == 4 and counts == [1], counts
+
+
+@check
 def samples_of_other_settings_have_files_of_their_own():
     """The run is the same, so its folder is: what was drawn for the first settings is put out for these again."""
     fresh_user()
@@ -1650,6 +1779,10 @@ def bad_inputs_are_explained():
     raises(AdapterError, lambda: go(a_run(config={"target_modules": "nothing"})), "target_modules")
     raises(ConfigError, lambda: go(a_run(of_parts=(*parts("sd15")[:2], parts("flux")[2]))), "VAE")
     raises(ConfigError, lambda: go(a_run(name="../../outside")), "name")
+    for name in ("", " ", ".", "./"):
+        raises(ConfigError, lambda name=name: go(a_run(name=name)), "name", "training/subject")
+    for name in ("lr", "weight_decay", "params"):
+        raises(ConfigError, lambda name=name: a_run(config={"optimizer_args": json.dumps({name: 1})}), "optimizer_args", name)
     sys.modules["lion_pytorch"] = None  # as if it were not installed
     raises(TrainingError, lambda: go(a_run(config={"optimizer": "lion"})), "lion-pytorch")
     strange = comfy.model_sampling.EDM()
@@ -1660,6 +1793,54 @@ def bad_inputs_are_explained():
     predict = run.host.predict
     run.host.predict = lambda *a: predict(*a) * float("nan")
     raises(TrainingError, lambda: go(run), "not finite")
+
+
+# --- what is said about it ----------------------------------------------------------------------------------
+
+
+def said_in(lang):
+    return json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8"))
+
+
+@check
+def promises_about_going_on_are_kept():
+    """How long runs are kept, and which schedule lets a run go on, in tooltips and help pages of both languages."""
+    pages = {"en": "OFT_Train.md", "zh": "OFT_Train/zh.md"}
+    kept = [str(train_store.KEPT_RUNS), str(train_store.KEPT_DAYS)]
+    for lang, page in pages.items():
+        tip = said_in(lang)["OFT_Train"]["inputs"]["resume"]["tooltip"]
+        rows = (REPO / "web" / "docs" / page).read_text("utf-8").splitlines()
+        row = next(row for row in rows if row.startswith("| `resume`"))
+        for where, text in (("tooltip", tip), ("page", row)):
+            assert all(n in re.findall(r"\d+", text) for n in kept) and "constant" in text, (lang, where, text)
+
+
+@check
+def options_of_the_diffusion_model_say_so():
+    for lang, words in (("en", ("diffusion model", "text encoders")), ("zh", ("扩散模型", "文本编码器"))):
+        inputs = said_in(lang)["OFT_TrainConfig"]["inputs"]
+        for name in ("target_modules", "exclude_modules", "conv_modules", "layers_to_transform"):
+            assert any(w in inputs[name]["tooltip"] for w in words), (lang, name)
+        assert "joint_blocks" in inputs["layers_pattern"]["tooltip"], lang
+    own = a_run(config={"target_modules": "to_q", "text_encoder_lr": 0.01}).plan.parts()
+    assert own["te"].target_modules == "attention", "the tooltips are wrong"
+
+
+@check
+def help_pages_lead_to_what_their_readers_have():
+    """The published pack leaves out what .comfyignore names: pages lead there by the repository's address."""
+    left_out = [line.strip("/\n") for line in (REPO / ".comfyignore").read_text("utf-8").splitlines() if line.strip()]
+    address = re.search(r'^Repository = "(.+)"', (REPO / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
+    texts = [*(REPO / "web").rglob("*.md"), *(REPO / "locales").rglob("*.json")]
+    found = 0
+    for path in texts:
+        text = path.read_text("utf-8")
+        for match in re.finditer(rf"(?<![\w/])(?:{'|'.join(map(re.escape, left_out))})/[\w./]+", text):
+            raise AssertionError(f"{path.relative_to(REPO)}: {match[0]}")
+        for place in re.findall(re.escape(address) + r"/blob/main/([\w./-]+\w)", text):
+            assert (REPO / place).is_file(), (path, place)
+            found += 1
+    assert found >= 4, found
 
 
 if __name__ == "__main__":
