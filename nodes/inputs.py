@@ -36,7 +36,7 @@ TIPS = {
         "What a strength other than 1 means. rotation: the generator is scaled, every strength is a true "
         "rotation. geodesic: equal steps of strength are equal angles. linear: a straight mix of base and "
         "result, as kohya, LyCORIS and A1111 do. core: reproduces ComfyUI's own LoRA loader, whose "
-        "strength acts squared; only for repeating old pictures."
+        "strength acts squared (BOFT: on every stage); only for repeating old pictures."
     ),
     "coft": (
         "The limit on how far the file may turn (constrained OFT). file: as the trainer applied it, then "
