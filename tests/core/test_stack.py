@@ -58,11 +58,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("mode", ["rotation", "geodesic"])
-@pytest.mark.parametrize("s", [1.0, 0.4, -0.7, 1.6])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "s"),
+    # Row factors act before a rotation of negative strength, but after a blend: such a file has no equal there.
+    [(n, s) for n in KINDS for s in (1.0, 0.4, -0.7, 1.6) if n != "rescaled" or s > 0],
+)
 def test_alone_it_is_the_file_itself(name: str, s: float, mode: str) -> None:
-    if name == "rescaled" and s < 0:
-        pytest.skip("row factors act before a negative rotation and after a blend")
     one = share(KINDS[name], s, mode)
     patches = blend([one], 1, SHAPES)
     torch.testing.assert_close(dense(patches), dense([one]), atol=2e-6, rtol=0)
