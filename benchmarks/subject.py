@@ -33,7 +33,7 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import subject_metrics as metrics
-from subject_methods import CONTROL, GUIDE, GUIDE_PICTURES, GUIDE_STEPS, METHODS, method_of
+from subject_methods import CONTROL, GUIDE, GUIDE_PICTURES, GUIDE_STEPS, METHODS, TWINS, method_of
 from subject_task import (
     BATCH,
     CFG,
@@ -59,6 +59,7 @@ SUBJECTS = 12  # behind the reported numbers
 # distant checkpoints would say little about what is reached at a level between them.
 STEPS = (10, 15, 20, 25, 35, 50, 75, 100, 200, 400)
 LONG_STEPS = (*STEPS, 1000, 2000)
+RATE_STEPS = (*STEPS, 1000)
 
 
 # ---------------------------------------------------------------- measuring
@@ -251,11 +252,16 @@ def main_jobs(
     return out
 
 
-def rate_jobs(methods: Iterable[str], count: int, batch: int) -> list[Job]:
-    """Every learning rate of the methods on the first reported subjects: nothing is chosen by these."""
+def rate_jobs(methods: Iterable[str], count: int, seeds: Iterable[int], batch: int) -> list[Job]:
+    """Every learning rate of the methods on the first reported subjects: no method's rate is chosen by these."""
     tried = [(m, lr) for m in methods if not isinstance(METHODS[m].grid, str) for lr in METHODS[m].grid]
     names = [s.name for s in reported_subjects()[:count]]
-    return [Job("rates", m, lr, s, 0, STEPS, batch) for s in names for m, lr in tried]
+    return [Job("rates", m, lr, s, seed, RATE_STEPS, batch) for seed in seeds for s in names for m, lr in tried]
+
+
+def rate_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines on reported subjects, at the chosen rates and at others; see `TWINS` for the names in them."""
+    return [x | {"method": TWINS.get(x["method"], x["method"])} for x in lines if x["stage"] in ("rates", "main")]
 
 
 def guide_jobs(count: int) -> list[Job]:
@@ -463,7 +469,7 @@ def main() -> None:
     if options.grid:
         stage, jobs = "grid", grid_jobs(options.methods, options.grid_subjects, options.batch)
     elif options.every_rate:
-        stage, jobs = "rates", rate_jobs(options.methods, options.every_rate, options.batch)
+        stage, jobs = "rates", rate_jobs(options.methods, options.every_rate, options.seeds, options.batch)
     elif options.guide:
         stage, jobs = "guide", guide_jobs(options.guide_subjects)
     else:
@@ -473,8 +479,7 @@ def main() -> None:
         print("learning rates: " + ", ".join(f"{m} {rates[m]:g}" for m in options.methods))
         more = {"batch": options.batch, "pictures": options.pictures}
         jobs = main_jobs(options.methods, rates, options.subjects, options.seeds, options.long, **more)
-    alike = (stage, "main") if stage == "rates" else (stage,)  # one of the rates is the chosen one
-    done = finished(x for x in lines if x["stage"] in alike)
+    done = finished(rate_lines(lines) if stage == "rates" else (x for x in lines if x["stage"] == stage))
     judges: dict[tuple, Judge] = {}
     sheets = folder / "sheets"
     known = {key_of(x): x for x in lines if x["stage"] == stage}

@@ -290,6 +290,8 @@ METHODS: dict[str, Method] = {
     "core": Method("OFT (ComfyUI core)", _core, WEIGHT_RATES),
     "lycoris": Method("Diag-OFT (LyCORIS)", _lycoris, WEIGHT_RATES),
 }
+# A method that is another one at a rate of its own: the same runs, number for number.
+TWINS = {"default": "subject"}
 CONTROL = "oft32"  # the method whose rotations are also tried with random planes
 
 # The settings of docs/training.md: Train OFT's defaults, and one thing changed at a time.

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from subject import GRID_STEPS, LONG_STEPS, STEPS, balance, made_by, normalised, sheet_name
+from subject import (
+    GRID_STEPS,
+    LONG_STEPS,
+    RATE_STEPS,
+    STEPS,
+    balance,
+    made_by,
+    normalised,
+    rate_lines,
+    sheet_name,
+)
 from subject_methods import CONTROL, GUIDE_STEPS, GUIDE_TABLES, METHODS
 from subject_task import BATCH, PICTURES
 
@@ -158,34 +168,30 @@ def step_table(lines: list[Line], methods: list[str], step: int) -> str:
     return markdown(["method", "lr", *(name for name, _ in MEASURES.values()), "subjects"], rows)
 
 
-def level_table(lines: list[Line], methods: list[str], level: float) -> str:
-    rows = []
+def level_table(groups: dict[tuple[str, ...], list[Line]], level: float, head: tuple[str, ...] = ("method",)) -> str:
+    """A row for every group, its key in front under `head`; differences are to the group of REFERENCE."""
     names = ("drift", "class_drift", "kept", "carried", "follow", "diversity")
-    reference = {
-        name: per_subject(_of(lines, REFERENCE), lambda x, n=name: (at_level(x, level) or {}).get(n))
-        for name in names
+    found = {
+        key: {n: per_subject(some, lambda x, n=n: (at_level(x, level) or {}).get(n)) for n in ("step", *names)}
+        for key, some in groups.items()
     }
-    for m in methods:
-        mine = _of(lines, m)
-        reached = per_subject(mine, lambda x: (at_level(x, level) or {}).get("step"))
-        total = len({x["subject"] for x in mine})
-        cells, differences = [], []
-        for name in names:
-            values = per_subject(mine, lambda x, n=name: (at_level(x, level) or {}).get(n))
-            cells.append(spread(values.values()))
-            if name in COMPARED:
-                both = [values[s] - reference[name][s] for s in values if s in reference[name]]
-                differences.append("-" if m == REFERENCE or not both else compared(both))
-        step = f"{statistics.median(reached.values()):.0f}" if reached else "-"
-        rows.append([METHODS[m].label, f"{len(reached)} of {total}", step, *cells, *differences])
-    head = [
-        "method",
-        "reached by",
-        "step (median)",
-        *(MEASURES[n][0] for n in names),
-        *(f"{MEASURES[n][0]} − LoRA 16" for n in COMPARED),
-    ]
-    return markdown(head, rows)
+    reference = next((found[key] for key, some in groups.items() if some[0]["method"] == REFERENCE), None)
+    rows = []
+    for key, some in groups.items():
+        mine, differences = found[key], []
+        for n in COMPARED:
+            both = [v - reference[n][s] for s, v in mine[n].items() if s in reference[n]] if reference else []
+            differences.append("-" if mine is reference or not both else compared(both))
+        step = f"{statistics.median(mine['step'].values()):.0f}" if mine["step"] else "-"
+        reached = f"{len(mine['step'])} of {len({x['subject'] for x in some})}"
+        rows.append([*key, reached, step, *(spread(mine[n].values()) for n in names), *differences])
+    columns = [*head, "reached by", "step (median)", *(MEASURES[n][0] for n in names)]
+    return markdown([*columns, *(f"{MEASURES[n][0]} − LoRA 16" for n in COMPARED)], rows)
+
+
+def by_method(lines: list[Line], methods: list[str]) -> dict[tuple[str, ...], list[Line]]:
+    """Groups of `level_table`."""
+    return {(METHODS[m].label,): _of(lines, m) for m in methods}
 
 
 def long_table(lines: list[Line], methods: list[str]) -> str:
@@ -319,32 +325,36 @@ def grid_table(lines: list[Line]) -> str:
 
 
 def rate_groups(lines: list[Line]) -> dict[tuple[str, float], list[Line]]:
-    """(method, learning rate) -> runs, seed 0, on the subjects that every rate of every such method has."""
+    """(method, learning rate) -> runs up to the last of RATE_STEPS, on pairs of subject and seed that every rate of
+    every such method has; then those of REFERENCE at its own rate.
+    """
     several = {x["method"] for x in lines if x["stage"] == "rates"}
-    out: dict[tuple[str, float], dict[str, Line]] = {}
-    for x in lines:
-        if x["method"] in several and x["seed"] == 0 and x["stage"] in ("rates", "main"):
-            out.setdefault((x["method"], x["lr"]), {})[x["subject"]] = x
-    shared = set.intersection(*map(set, out.values())) if out else set()
+    out: dict[tuple[str, float], dict[tuple[str, int], Line]] = {}
+    for x in rate_lines(lines):
+        if x["method"] in (*several, REFERENCE) and row_at(x, RATE_STEPS[-1]):
+            rows = [r for r in x["rows"] if r["step"] <= RATE_STEPS[-1]]
+            out.setdefault((x["method"], x["lr"]), {})[x["subject"], x["seed"]] = {**x, "rows": rows}
+    shared = set.intersection(*map(set, out.values())) if several and out else set()
     order = {m: i for i, m in enumerate(METHODS)}
-    keys = sorted(out, key=lambda k: (order[k[0]], k[1]))
+    keys = sorted(out, key=lambda k: (k[0] not in several, order[k[0]], k[1]))
     return {k: [out[k][s] for s in sorted(shared)] for k in keys} if shared else {}
 
 
-def rate_table(groups: dict[tuple[str, float], list[Line]]) -> str:
-    rows = []
-    for (m, lr), some in groups.items():
-        cells = []
-        for level in LEVELS:
-            found = [r for r in (at_level(x, level) for x in some) if r]
-            means = [statistics.fmean(r[k] for r in found) for k in ("drift", "carried")] if found else []
-            said = " / ".join(f"{v:.2f}" for v in means) or "-"
-            cells += [f"{len(found)} of {len(some)}", said]
-        last = [(row_at(x, STEPS[-1]), x) for x in some]
-        means = [statistics.fmean(MEASURES[k][1](r, x) for r, x in last) for k in ("fidelity", "drift", "carried")]
-        rows.append([METHODS[m].label, f"{lr:g}", *cells, " / ".join(f"{v:.2f}" for v in means)])
-    head = [h for v in LEVELS for h in (f"reached {v:g}", f"drift / carried over at {v:g}")]
-    return markdown(["method", "lr", *head, f"fidelity / drift / carried over after {STEPS[-1]} steps"], rows)
+def rate_tables(groups: dict[tuple[str, float], list[Line]]) -> str:
+    """A table for every level of fidelity, then one after equal steps."""
+    named = {(METHODS[m].label, f"{lr:g}"): some for (m, lr), some in groups.items()}
+    head = ("method", "lr")
+    parts = [f"At equal fidelity {v:g}:\n\n{level_table(named, v, head)}" for v in LEVELS]
+    measures = ("fidelity", "drift", "carried", "follow")
+
+    def means(some: list[Line], step: int) -> str:
+        values = (per_subject(some, lambda x, n=n: MEASURES[n][1](row_at(x, step), x)).values() for n in measures)
+        return " / ".join(f"{statistics.fmean(v):.2f}" for v in values)
+
+    steps = (STEPS[-1], RATE_STEPS[-1])
+    said = " / ".join(MEASURES[n][0] for n in measures)
+    rows = [[*key, *(means(some, s) for s in steps)] for key, some in named.items()]
+    return "\n\n".join([*parts, "At equal steps:", markdown([*head, *(f"{said} after {s:,} steps" for s in steps)], rows)])
 
 
 # ---------------------------------------------------------------- plots
@@ -497,7 +507,7 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         if step >= 100:
             out.append(f"### After {step} steps\n\n" + step_table(even, methods, step))
     for level in LEVELS:
-        out.append(f"### At equal fidelity {level:g}\n\n" + level_table(even, methods, level))
+        out.append(f"### At equal fidelity {level:g}\n\n" + level_table(by_method(even, methods), level))
     plot(
         even,
         methods,
@@ -511,7 +521,7 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
         if some:
             title = f"### Variants on {len({x['subject'] for x in some})} subjects"
             said = f"After {STEPS[-1]} steps, and at equal fidelity {LEVELS[0]:g}:"
-            tables = [step_table(some, shown, STEPS[-1]), level_table(some, shown, LEVELS[0])]
+            tables = [step_table(some, shown, STEPS[-1]), level_table(by_method(some, shown), LEVELS[0])]
             out.append("\n\n".join([title, said, *tables]))
     subject = contact_sheet(even, sheets, folder / "images" / "evaluation-pictures.jpg", STEPS[-1])
     if subject:
@@ -527,8 +537,10 @@ def report(lines: list[Line], folder: Path, sheets: Path) -> str:
     groups = rate_groups([x for x in lines if made_by(x) == made_by(main[0]) and x["pictures"] == PICTURES])
     if groups:
         plot_rates(groups, folder / "images" / "evaluation-rates.png")
-        count = len(next(iter(groups.values())))
-        out.append(f"### Every learning rate, {count} of the subjects, seed 0\n\n" + rate_table(groups))
+        some = next(iter(groups.values()))
+        count, seeds = len({x["subject"] for x in some}), sorted({x["seed"] for x in some})
+        title = f"### Every learning rate, {count} subjects, seeds {', '.join(map(str, seeds))}"
+        out.append(f"{title}\n\n{rate_tables(groups)}")
     grid = [x for x in lines if x["stage"] == "grid" and made_by(x) == made_by(main[0])]
     if grid:
         out.append("### Learning rates\n\n" + grid_table(grid))

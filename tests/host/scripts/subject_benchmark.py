@@ -373,26 +373,33 @@ def the_report_counts_what_is_there() -> None:
 
 
 @check
-def every_rate_is_compared_on_the_same_subjects() -> None:
+def every_rate_is_compared_on_the_same_subjects_and_seeds() -> None:
     path = WORK / "rates.jsonl"
     path.unlink(missing_ok=True)
-    methods = ("oft32", "lora16")
-    chosen = subject.main_jobs(methods, dict.fromkeys(methods, 1e-3), 3, (0, 1), 0)
+    methods, reference = ("subject", "lora16-match"), subject_report.REFERENCE
+    rates = {"subject": 1e-2, "lora16-match": 3e-3, "default": 1e-3, reference: 3e-3}
+    chosen = subject.main_jobs(tuple(rates), rates, 3, (0, 1), 3)
     subject.work_through(chosen, {}, 5, fake, path)
-    jobs = subject.rate_jobs(methods, 3, 1)
-    done = subject.finished(subject.read(path))
-    # The chosen rate is not run again; the last run is missing, so its subject does not count.
-    left = [j for j in jobs if j.key not in done]
-    assert len(jobs) == 3 * 6 and len(left) == 3 * 4
+    jobs = subject.rate_jobs(methods, 3, (0, 1), 1)
+    done = subject.finished(subject.rate_lines(subject.read(path)))
+    # The chosen rates are not run again, nor the preset's at which Train OFT comes.
+    left = [j for j in jobs if done.get(j.key, 0) < j.steps[-1]]
+    assert len(jobs) == 6 * 6 and {(j.method, j.lr) for j in left} == {
+        ("subject", 3e-3), ("lora16-match", 3e-4), ("lora16-match", 1e-3)
+    } and len(left) == 6 * 3  # fmt: skip
+    # The last run is missing, so its subject and seed do not count for any rate.
     subject.work_through(left[:-1], {}, 5, fake, path)
     groups = subject_report.rate_groups(subject.read(path))
-    assert len(groups) == 6 and all(len({x["subject"] for x in some}) == len(some) == 2 for some in groups.values())
-    table = subject_report.rate_table(groups).splitlines()
-    assert len(table) == 2 + 6
+    assert list(groups) == [*((j.method, j.lr) for j in jobs[:6]), (reference, 3e-3)], list(groups)
+    pairs = {frozenset((x["subject"], x["seed"]) for x in some) for some in groups.values()}
+    assert len(pairs) == 1 and len(next(iter(pairs))) == 5 and all(len(some) == 5 for some in groups.values())
+    assert all(x["rows"][-1]["step"] == subject.RATE_STEPS[-1] for some in groups.values() for x in some)
+    tables = subject_report.rate_tables(groups).split("\n\n")
+    assert [len(table.splitlines()) for table in tables] == [1, 2 + 7] * 3
     folder = WORK / "rates docs"
     folder.mkdir(exist_ok=True)
     subject_report.write(subject.read(path), folder, WORK / "no sheets")
-    assert "### Every learning rate, 2 of the subjects" in (folder / "evaluation.md").read_text("utf-8")
+    assert "### Every learning rate, 3 subjects, seeds 0, 1" in (folder / "evaluation.md").read_text("utf-8")
     assert (folder / "images" / "evaluation-rates.png").stat().st_size > 5000
 
 
