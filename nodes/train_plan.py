@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..oft_core.training import ConfigError, OFTConfig, TrainSettings
-from ..oft_core.training.config import PRESETS as TARGETS
 from ..oft_core.training.data import filled
 from ..oft_core.training.presets import TRAIN_PRESETS
+from ..oft_core.training.selection import PRESETS as TARGETS
 from .dataset import TrainingSet
 from .train_host import ENCODERS, T5, UNET, SamplePlan
 

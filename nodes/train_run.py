@@ -26,7 +26,7 @@ from ..oft_core.adapter import load_adapter
 from ..oft_core.atomic import atomically, remove_partials
 from ..oft_core.training import ConfigError, Progress, Record, Trainer, TrainingError
 from ..oft_core.training.checkpoint import saved_states
-from ..oft_core.training.config import Selection
+from ..oft_core.training.selection import Selection
 from . import folders, train_host, train_mode
 from .dataset import TrainingSet, from_pillow, to_pillow
 from .files import RUN, header, listed, new_file

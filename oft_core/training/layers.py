@@ -21,7 +21,7 @@ from ..constraint import Constraint
 from ..formats.common import Piece
 from ..layer import Diff, LayerRotation
 from ..rotation import neumann_coefficients, polynomial, unpack_skew
-from .config import LayerChoice, OFTConfig, Selection
+from .config import OFTConfig
 from .errors import ConfigError
 from .functions import (
     CayleyOfPacked,
@@ -36,6 +36,7 @@ from .functions import (
 )
 from .optim import limit_
 from .seeds import generator
+from .selection import LayerChoice, Selection
 
 #: Returns the plain weight of a layer (any float dtype) where ``module.weight`` is packed or quantised.
 WeightOf = Callable[[nn.Module], Tensor]

@@ -527,7 +527,7 @@ def test_block_sizes_are_adjusted_as_peft_does_and_reported():
 
 def test_divisor_rule_is_petfs_own():
     peft_layer = pytest.importorskip("peft.tuners.oft.layer").OFTLayer
-    from oft_core.training.config import nearest_divisor
+    from oft_core.training.selection import nearest_divisor
 
     for length in (1, 2, 7, 12, 77, 96, 320, 640, 768, 1000, 1280, 2880):
         for wanted in (1, 2, 3, 4, 7, 8, 16, 24, 32, 33, 64, 100, 999, 5000):
