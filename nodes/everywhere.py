@@ -40,7 +40,8 @@ from ..oft_core import (
     read_tensors,
 )
 from ..oft_core.stack import names_oft
-from . import folders, host, runtime
+from . import folders, host, host_names, host_patch, runtime
+from .cache import normal_tensors
 
 log = logging.getLogger("oft")
 
@@ -85,7 +86,7 @@ def read(lora: Tensors) -> tuple[Adapter, dict[str, torch.Tensor]]:
         adapter = folders.read(name)
     else:
         log.info("OFT everywhere: no listed safetensors file has these tensors; read without metadata and config.")
-        with host.normal_tensors():
+        with normal_tensors():
             own = {key: value.clone() if value.is_inference() else value for key, value in lora.items()}
             adapter = read_tensors(own, name="tensors from a LoRA loader")
     return adapter, _rest(lora, adapter)
@@ -144,10 +145,10 @@ def core_is_right(
         return False
     if not all(key.rpartition(".")[2] in CORE_SUFFIXES for key in lora):
         return False
-    sides = host.sides_of(model, clip)
+    sides = host_names.sides_of(model, clip)
     try:
-        with host.normal_tensors():
-            patches = adapter.bind(host.index_of(model, clip), strict=False).patches
+        with normal_tensors():
+            patches = adapter.bind(host_names.index_of(model, clip), strict=False).patches
             right = bool(patches) and all(
                 isinstance(p.op, LayerRotation) and not p.swap_halves and p.op.as_core() for p in patches
             )
@@ -169,7 +170,7 @@ def _table(model: Any | None, clip: Any | None) -> dict[str, Any]:
     return table
 
 
-def _in_float32(side: host.Side, keys: Iterable[str]) -> bool:
+def _in_float32(side: host_names.Side, keys: Iterable[str]) -> bool:
     """Whether these weights are stored, computed and patched in float32."""
     # Later hosts may patch in half precision.
     patching = getattr(comfy.model_management, "lora_compute_dtype", None)
@@ -242,7 +243,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             _tell(*known[1:], "as a hook")
         _, adapter, rest = known
         if at.value != 0 and for_text in {part != "unet" for part in adapter.components}:
-            side = host.text_side(model) if for_text else host.model_side(model)
+            side = host_names.text_side(model) if for_text else host_names.model_side(model)
             try:
                 placed = host.place(adapter, [side], at, at, {k.strength for k in self.hook_keyframe.keyframes})
             except ModelMismatch as error:
@@ -294,7 +295,7 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_lora(lora, to_load, log_missing=True):
         if not _on or _by_comfyui.get() or not is_oft(lora):
             return original(lora, to_load, log_missing)
-        sides = [host.bare_side(model) for model in getattr(to_load, "models", ())]
+        sides = [host_names.bare_side(model) for model in getattr(to_load, "models", ())]
         if not sides:
             log.warning("OFT everywhere: left to ComfyUI: a pack gave names only, without the model behind them.")
             return original(lora, to_load, log_missing)
@@ -316,7 +317,7 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
             for note in notes:
                 log.info("OFT everywhere: %s", note)
             mine = [patch for patch, _ in placed.patches[side.name]]
-            dictionaries, keeper = host.make_patches(side, mine, full.mode, full.coft)
+            dictionaries, keeper = host_patch.make_patches(side, mine, full.mode, full.coft)
             if len(dictionaries) > 1:
                 raise AdapterError(
                     "This loader cannot apply a file that changes the same rows twice",

@@ -13,7 +13,7 @@ from collections import OrderedDict
 import folder_paths
 
 from ..oft_core import Adapter, FileError, ReadOptions, load_adapter
-from . import host
+from .cache import normal_tensors
 
 FOLDER = "oft"
 EXTENSIONS = {".safetensors"}
@@ -89,7 +89,7 @@ def read(name: str, options: ReadOptions | None = None) -> Adapter:
         if stamp in _cache:
             _cache.move_to_end(stamp)
             return _cache[stamp][0]
-        with host.normal_tensors():
+        with normal_tensors():
             adapter = load_adapter(path, options)
         _cache[stamp] = (adapter, stamp[0][2])
         while len(_cache) > 1 and sum(size for _, size in _cache.values()) > CACHE_BYTES:

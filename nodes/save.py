@@ -19,7 +19,8 @@ from ..oft_core.atomic import atomically
 from ..oft_core.errors import FileError, FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
-from . import compat, folders, host
+from . import compat, folders, host_names
+from .cache import normal_tensors
 from .files import RUN, listed, new_file
 from .inputs import CATEGORY, OFTAdapter
 
@@ -80,7 +81,7 @@ class OFTSave(io.ComfyNode):
             )
         root = folder_paths.get_folder_paths(folders.FOLDER)[0]
         path = new_file(name, folder_paths.get_output_directory() if folder == "output" else root)
-        with host.normal_tensors():
+        with normal_tensors():
             if dialect == AS_IS:
                 written = _copy(adapter, path, PRECISIONS[precision])
             else:
@@ -143,7 +144,7 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
             found="no model",
             hint="Connect MODEL (and CLIP), or choose 'as it is'.",
         )
-    index = host.index_of(model, clip)
+    index = host_names.index_of(model, clip)
     binding = adapter.bind(index)
     if binding.unmatched:
         raise FormatError(
@@ -161,7 +162,7 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
             )
         place[patch.key] = patch.op
     target = path.with_suffix("") if dialect == "peft" else path
-    own = host.own_weights(model, clip)
+    own = host_names.own_weights(model, clip)
     metadata = _carried(adapter.metadata)
     return write_adapter(
         layers, index, target, dialect, beside=beside, base=own, metadata=metadata, dtype=dtype

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..oft_core import Adapter, Schedule, ScheduleError, Strength
 from ..oft_core.schedule import from_keyframes
-from . import compat, host, inputs
+from . import compat, host, host_names, inputs
 
 TIPS = {
     "adapter": "The adapter, from Load OFT Adapter, OFT Block Strengths, Train OFT and others.",
@@ -134,7 +134,7 @@ class OFTHook(comfy.hooks.WeightHook):
         value = self._strength_clip if for_text else self._strength_model
         parts = {part != "unet" for part in self.adapter.components}
         if for_text in parts and value != 0:
-            side = host.text_side(model) if for_text else host.model_side(model)
+            side = host_names.text_side(model) if for_text else host_names.model_side(model)
             at = Strength(value, self.mode, self.coft)
             keyframes = {k.strength for k in self.hook_keyframe.keyframes}
             placed = host.place(replace(self.adapter, schedule=None), [side], at, at, keyframes)

@@ -12,7 +12,8 @@ from comfy_api.latest import io, ui
 
 from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
 from ..oft_core.stack import Share, blend, holds_oft
-from . import compat, folders, host, inputs, runtime
+from . import compat, folders, host, host_names, inputs, runtime
+from .cache import normal_tensors
 from .files import inside
 
 OFTStackType = io.Custom("OFT_STACK")
@@ -316,7 +317,7 @@ def apply_blend(
                 found=str(row.adapter.schedule),
                 hint="Use 'compose'.",
             )
-    sides = host.sides_of(model, clip)
+    sides = host_names.sides_of(model, clip)
     placed = [host.place(row.adapter, sides, row.at_model, row.at_clip) for row in rows]
     lines = [f"{len(rows)} adapters blended, whatever their order:"]
     lines += [f"- {row.line()}" for row in rows]
@@ -329,7 +330,7 @@ def apply_blend(
         count = sum(bool(mine) for mine in shares)
         if not count:
             continue
-        with host.normal_tensors():
+        with normal_tensors():
             patches = blend([share for mine in shares for share in mine], count, side.shapes)
             whole = [(patch, Strength()) for patch in patches]
             given[side.name] = host.patched(side, whole, where)

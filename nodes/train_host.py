@@ -40,7 +40,7 @@ from ..oft_core.training import (
     checkpointing,
 )
 from ..oft_core.training.layers import plain_weight
-from . import host, runtime
+from . import host_names, runtime
 from .dataset import TrainingSet
 from .train_blocks import blocks_of, copied_input, inputs_kept, plain_attention
 from .train_mode import ordinary_, own_randomness
@@ -455,7 +455,7 @@ class HostModel:
                 place = layers if isinstance(piece.op, LayerRotation) else beside
                 place[f"{prefix[part]}{module}.{piece.param}"] = piece.op
         if self.index is None:
-            self.index = host.index_of(self.patcher, self.clip if self.train_encoders else None)
+            self.index = host_names.index_of(self.patcher, self.clip if self.train_encoders else None)
         refused = []
         for dialect in DIALECTS:
             try:

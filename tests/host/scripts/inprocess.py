@@ -38,6 +38,9 @@ if "comfyui_oft" in sys.modules:
         files,
         folders,
         host,
+        host_names,
+        host_patch,
+        layers,
         load,
         schedule,
         stack,
@@ -285,20 +288,20 @@ def scaled_fp8_weights():
     patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
     blocks = torch.randn(8, 8, 8, generator=generator(1)) * 0.1
     adapter = read_tensors({"linear.oft_blocks": blocks, "linear.alpha": torch.tensor(0.0)}, {}, name="test")
-    index = host.HostIndex({"linear.weight": (64, 32)}, {"linear": host.Target("linear.weight")})
-    side = host.Side("model", "Model", patcher, patcher, {"linear.weight": (64, 32)}, {})
-    dictionaries, keeper = host.make_patches(side, adapter.bind(index).patches, "rotation", "file")
+    index = host_names.HostIndex({"linear.weight": (64, 32)}, {"linear": host_names.Target("linear.weight")})
+    side = host_names.Side("model", "Model", patcher, patcher, {"linear.weight": (64, 32)}, {})
+    dictionaries, keeper = host_patch.make_patches(side, adapter.bind(index).patches, "rotation", "file")
     clone = patcher.clone()
     clone.add_patches(dictionaries[0], 1.0)
     expected = rotated_out(net.linear.weight.float() * 0.004, blocks)
     clone.patch_model(torch.device("cpu"))
     close(net.linear.weight.float() * net.linear.scale_weight, expected, 0.13 * float(expected.abs().max()))
     # What is written as a difference to the model's own values needs these, neither codes nor patched ones.
-    sides, host.sides_of = host.sides_of, lambda model, clip: [side]
+    sides, host_names.sides_of = host_names.sides_of, lambda model, clip: [side]
     try:
-        own = host.own_weights(clone, None)("linear.weight")
+        own = host_names.own_weights(clone, None)("linear.weight")
     finally:
-        host.sides_of = sides
+        host_names.sides_of = sides
     close(own, true, 0.07 * float(true.abs().max()))
     clone.unpatch_model(torch.device("cpu"))
     assert keeper.batches
@@ -312,7 +315,7 @@ def own_weights_are_those_below_patches_and_hooks():
     patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
     patcher.add_patches({"linear.weight": (torch.ones(8, 8),)})
     patcher.patch_weight_to_device("linear.weight")
-    close(host.layers.plain_weight(patcher, "linear.weight"), base, 0)
+    close(layers.plain_weight(patcher, "linear.weight"), base, 0)
     hook = comfy.hooks.WeightHook()
     hook.hook_ref = comfy.hooks._HookRef()
     patcher.add_hook_patches(hook, {"linear.weight": (torch.full((8, 8), 5.0),)})
@@ -320,7 +323,7 @@ def own_weights_are_those_below_patches_and_hooks():
     group.add(hook)
     patcher.patch_hooks(group)
     close(net.linear.weight, base + 6, 1e-5)
-    close(host.layers.plain_weight(patcher, "linear.weight"), base, 0)
+    close(layers.plain_weight(patcher, "linear.weight"), base, 0)
 
 
 @check
@@ -360,9 +363,9 @@ def hooks():
     model = sd15()
     base = state(model)
     adapter = adapter_for(model)
-    side = host.model_side(model)
-    index = host.HostIndex(side.shapes, side.aliases)
-    dictionaries, keeper = host.make_patches(side, adapter.bind(index).patches, "rotation", "file")
+    side = host_names.model_side(model)
+    index = host_names.HostIndex(side.shapes, side.aliases)
+    dictionaries, keeper = host_patch.make_patches(side, adapter.bind(index).patches, "rotation", "file")
     assert len(dictionaries) == 1 and keeper.batches
     for s, keyframe in ((1.0, None), (0.8, 0.25)):
         hook = comfy.hooks.WeightHook(strength_model=s, strength_clip=s)
@@ -521,13 +524,13 @@ def function_of_the_host_is_honoured():
     op = next(
         iter(
             read_tensors({"x.oft_blocks": blocks, "x.alpha": torch.tensor(0.0)}, {}, name="t")
-            .bind(host.HostIndex({"x.weight": (64, 16)}, {"x": host.Target("x.weight")}))
+            .bind(host_names.HostIndex({"x.weight": (64, 16)}, {"x": host_names.Target("x.weight")}))
             .patches
         )
     )
-    patch = host.RotationPatch(
+    patch = host_patch.RotationPatch(
         {"x"},
-        ((op.op.to_state()[0], None), op.op.to_state()[1], (host.ROTATION, 0, 0, "rotation", "file", False)),
+        ((op.op.to_state()[0], None), op.op.to_state()[1], (host_patch.ROTATION, 0, 0, "rotation", "file", False)),
     )
     got = comfy.lora.calculate_weight(
         [(1.0, patch, 1.0, None, comfy.utils.swap_scale_shift)], weight.clone(), "x"
@@ -1454,9 +1457,9 @@ def strengths_that_come_later_are_checked_too():
         else:
             raises(StrengthError, lambda p=patcher, g=group: p.register_all_hook_patches(g, target))
 
-    side = host.model_side(model)
-    patches = adapter.bind(host.HostIndex(side.shapes, side.aliases)).patches
-    dictionaries, keeper = host.make_patches(side, patches, "rotation", "file")
+    side = host_names.model_side(model)
+    patches = adapter.bind(host_names.HostIndex(side.shapes, side.aliases)).patches
+    dictionaries, keeper = host_patch.make_patches(side, patches, "rotation", "file")
     later = model.clone()
     later.add_patches(dictionaries[0], 0.5)
     text = raises(StrengthError, lambda: loaded(later))

@@ -32,7 +32,7 @@ if "comfyui_oft" in sys.modules:
     import folder_paths
     import gguf_layers
     import torch
-    from comfyui_oft.nodes import everywhere, folders, host, layers, runtime
+    from comfyui_oft.nodes import everywhere, folders, host, host_names, layers, runtime
     from comfyui_oft.oft_core import AdapterError, ReadOptions, Schedule, Strength, read_tensors
 
     CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ WANT = (
 def shapes_of(patcher, want=WANT):
     return {
         k: shape
-        for k, shape in host._shapes(patcher).items()
+        for k, shape in host_names.shapes_of(patcher).items()
         if k.startswith("diffusion_model.")
         and k.endswith(".weight")
         and len(shape) in (2, 4)
@@ -668,7 +668,7 @@ def arriving_norms_follow_what_changes_the_weight():
 
     def expected():
         weight = layer.weight.detach().clone()
-        (patch,) = dora.bind(host.index_of(model, None)).patches
+        (patch,) = dora.bind(host_names.index_of(model, None)).patches
         patch.apply_(weight, Strength())
         return torch.nn.functional.linear(x, weight, layer.bias)
 
@@ -824,10 +824,10 @@ def quantised(kind, rows=96, columns=256, dtype=None):
 
 def on_net(patcher, tensors, how, s=1.0, shape=(96, 256)):
     """A clone with a file for the layer `linear` applied."""
-    shapes = host._shapes(patcher)
+    shapes = host_names.shapes_of(patcher)
     assert shapes["linear.weight"] == shape, shapes
-    index = host.HostIndex(shapes, {"linear": host.Target("linear.weight")})
-    side = host.Side("model", "Model", patcher, patcher, shapes, {})
+    index = host_names.HostIndex(shapes, {"linear": host_names.Target("linear.weight")})
+    side = host_names.Side("model", "Model", patcher, patcher, shapes, {})
     adapter = read_tensors(tensors, {}, name="test.safetensors")
     placed = [(patch, Strength(s)) for patch in adapter.bind(index).patches]
     return host.patched(side, placed, how), host.runtime_notes(side, placed, how)
@@ -855,7 +855,7 @@ def net_tensors(which):
 def truth(which, weight, s=1.0):
     """The file applied to a float64 weight."""
     adapter = read_tensors(net_tensors(which), {}, name="t")
-    index = host.HostIndex({"linear.weight": tuple(weight.shape)}, {"linear": host.Target("linear.weight")})
+    index = host_names.HostIndex({"linear.weight": tuple(weight.shape)}, {"linear": host_names.Target("linear.weight")})
     out = weight.double()
     for patch in adapter.bind(index).patches:
         norm = weight.double().norm(dim=1).float() if patch.op.needs_base_norm else None
@@ -1064,7 +1064,7 @@ def packed_models_choose_by_layer():
     assert "unpacked and patched" in merged.report
     nearly(outputs(done.model, keys), outputs(merged.model, keys), outputs(model, keys))
     chosen = keys[:2]
-    patches = {k: ("diff", (numbers(*host._shapes(model)[k], seed=3) * 0.05,)) for k in chosen}
+    patches = {k: ("diff", (numbers(*host_names.shapes_of(model)[k], seed=3) * 0.05,)) for k in chosen}
     late, late_merged = add_lora(done.model, patches), add_lora(merged.model, patches)
     nearly(outputs(late, keys), outputs(late_merged, keys), outputs(model, keys))
     assert live - set(runtime.live_entries(late)) == set(chosen)

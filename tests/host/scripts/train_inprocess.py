@@ -35,6 +35,7 @@ if "comfyui_oft" in sys.modules:
         files,
         folders,
         host,
+        host_names,
         save,
         train,
         train_blocks,
@@ -296,7 +297,7 @@ def biases_and_whole_modules_train():
         said = family_trains(family, config=config, prediction=prediction, learning_rate=0.02)
         name = max(n for n in folders.names() if n.startswith("training/test"))
         adapter, model = folders.read(name), parts(family)[0]
-        changed = {p.key for p in adapter.bind(host.index_of(model, None)).patches if isinstance(p.op, Diff)}
+        changed = {p.key for p in adapter.bind(host_names.index_of(model, None)).patches if isinstance(p.op, Diff)}
         assert f"diffusion_model.{part}" in changed and sum(k.endswith(".bias") for k in changed) > 3, changed
         plain, whole = state(model), merged_weights(model, adapter)
         assert all(not torch.equal(plain[k], whole[k]) for k in changed), "a difference has no effect"
