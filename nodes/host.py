@@ -33,6 +33,7 @@ from . import runtime, track
 from .cache import normal_tensors
 from .host_names import HostIndex, Side, names_of, sides_of
 from .host_patch import Keeper, make_patches, patch_objects
+from .turned import Entry
 
 log = logging.getLogger("oft")
 
@@ -208,7 +209,7 @@ def patched(
     entries, keepers = [], []
     for at, patches in _by_strength(plan.live).items():
         objects, keeper = patch_objects(side, patches, at.mode, at.coft, follow)
-        entries += [runtime.Entry(patch, at, made, follow) for patch, made in objects]
+        entries += [Entry(patch, at, made, follow) for patch, made in objects]
         keepers.append(keeper)
     if entries:
         runtime.attach(patcher, runtime.Application(entries, patcher, keepers))
