@@ -2,7 +2,7 @@
 
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --grid        learning rates, on other subjects
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --minutes 60  the runs; goes on where it stopped
-    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --every-rate 6 --methods subject lora16-match
+    OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --every-rate 12 --methods subject lora16-match
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --guide       the settings of docs/training.md
     OFT_HOST_DIR=<ComfyUI> python benchmarks/subject.py WORK --report docs tables and plots of what there is
 

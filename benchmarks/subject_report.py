@@ -372,9 +372,11 @@ def plot_rates(groups: dict[tuple[str, float], list[Line]], path: Path) -> None:
         for axis, level in zip(axes, LEVELS, strict=True):
             points = []
             for (of, lr), some in groups.items():
-                found = [r for r in (at_level(x, level) for x in some) if r]
-                if of == m and 2 * len(found) > len(some):
-                    points.append((lr, *(statistics.fmean(r[k] for r in found) for k in ("drift", "carried"))))
+                found = [
+                    per_subject(some, lambda x, v=level, n=n: (at_level(x, v) or {}).get(n)) for n in ("drift", "carried")
+                ]
+                if of == m and 2 * len(found[0]) > len({x["subject"] for x in some}):
+                    points.append((lr, *(statistics.fmean(values.values()) for values in found)))
             axis.plot(
                 [p[1] for p in points], [p[2] for p in points],
                 color=colour, linestyle=style, marker="o", label=METHODS[m].label,
