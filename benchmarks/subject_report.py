@@ -169,13 +169,15 @@ def step_table(lines: list[Line], methods: list[str], step: int) -> str:
 
 
 def level_table(groups: dict[tuple[str, ...], list[Line]], level: float, head: tuple[str, ...] = ("method",)) -> str:
-    """A row for every group, its key in front under `head`; differences are to the group of REFERENCE."""
+    """A row for every group, its key in front under `head`; differences are to the main runs of REFERENCE."""
     names = ("drift", "class_drift", "kept", "carried", "follow", "diversity")
     found = {
         key: {n: per_subject(some, lambda x, n=n: (at_level(x, level) or {}).get(n)) for n in ("step", *names)}
         for key, some in groups.items()
     }
-    reference = next((found[key] for key, some in groups.items() if some[0]["method"] == REFERENCE), None)
+    # At its own rate, where there are several of it.
+    own = (key for key, some in groups.items() if (some[0]["method"], some[0]["stage"]) == (REFERENCE, "main"))
+    reference = next((found[key] for key in own), None)
     rows = []
     for key, some in groups.items():
         mine, differences = found[key], []

@@ -538,15 +538,7 @@ def test_target_rules_match_pefts():
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
     peft = pytest.importorskip("peft")
     names = [f"{top}.{i}.blocks.{j}.{leaf}" for top in ("down", "up") for i in (0, 1) for j in (0, 1, 2) for leaf in ("q", "k", "out.0")]
-    model = nn.Module()
-    for n in names:
-        at = model
-        *path, last = n.split(".")
-        for part in path:
-            if not hasattr(at, part):
-                at.add_module(part, nn.Module())
-            at = getattr(at, part)
-        at.add_module(last, nn.Linear(4, 4))
+    model = named(*names)
     cases = [
         {"target_modules": ["q", "out.0"]},
         {"target_modules": r"up\..*\.(q|k)"},

@@ -375,7 +375,8 @@ def the_report_counts_what_is_there() -> None:
 @check
 def every_rate_is_compared_on_the_same_subjects_and_seeds() -> None:
     path = WORK / "rates.jsonl"
-    path.unlink(missing_ok=True)
+    for kept in (path, WORK / "reference rates.jsonl"):
+        kept.unlink(missing_ok=True)
     methods, reference = ("subject", "lora16-match"), subject_report.REFERENCE
     rates = {"subject": 1e-2, "lora16-match": 3e-3, "default": 1e-3, reference: 3e-3}
     chosen = subject.main_jobs(tuple(rates), rates, 3, (0, 1), 3)
@@ -396,6 +397,12 @@ def every_rate_is_compared_on_the_same_subjects_and_seeds() -> None:
     assert all(x["rows"][-1]["step"] == subject.RATE_STEPS[-1] for some in groups.values() for x in some)
     tables = subject_report.rate_tables(groups).split("\n\n")
     assert [len(table.splitlines()) for table in tables] == [1, 2 + 7] * 3
+    # What the others are compared with stays at its own rate, also where it has several.
+    subject.work_through(subject.rate_jobs((reference,), 3, (0, 1), 1), done, 5, fake, WORK / "reference rates.jsonl")
+    several = subject.read(path) + subject.read(WORK / "reference rates.jsonl")
+    rows = subject_report.rate_tables(subject_report.rate_groups(several)).split("\n\n")[1].splitlines()
+    mine = {row.split(" | ")[1]: row.endswith("| - | - | - |") for row in rows if row.startswith("| LoRA rank 16 (PEFT)")}
+    assert mine == {"0.0003": False, "0.001": False, "0.003": True}, mine
     folder = WORK / "rates docs"
     folder.mkdir(exist_ok=True)
     subject_report.write(subject.read(path), folder, WORK / "no sheets")
