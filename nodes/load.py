@@ -14,8 +14,8 @@ TIPS = {
     "adapter": "The adapter that Load OFT Adapter has read.",
     "out_adapter": "The adapter in memory, for Apply OFT and other OFT nodes.",
     "peft_neumann": (
-        "Files of PEFT 0.16 to 0.17 and of later versions look alike but use a slightly different series. "
-        "auto: decide by the config beside the file."
+        "How PEFT's oft_R files build their rotations: old (0.16 to 0.17), new (later), exact (trained with "
+        "use_cayley_neumann=False). auto: decide by the config beside the file."
     ),
     "alpha_rule": (
         "How the stored COFT limit is meant. scaled: times the layer's width (kohya, LyCORIS). raw: as it "
@@ -36,6 +36,25 @@ TIPS = {
     "oft_diag": (
         "Old LyCORIS files: whether oft_diag holds the finished rotation or an additive part. auto: "
         "decide by the numbers."
+    ),
+    "oft_writer": (
+        "oft_R files whose names say nothing of their writer: PEFT and OneTrainer turn convolutions in "
+        "opposite directions. auto: by key names, a config beside the file and metadata."
+    ),
+    "peft_base": (
+        "Saved states of a whole PEFT model hold the base model's weights too. ignore: leave them out. apply: "
+        "put them in place of the model's. auto: only biases that the config calls trained."
+    ),
+    "peft_terms": (
+        "Terms of PEFT's series (num_cayley_neumann_terms). 0: as the config beside the file says, without "
+        "one 5."
+    ),
+    "peft_coft": (
+        "PEFT's COFT limit (eps, with coft=True). 0: as the config beside the file says, without one no "
+        "limit."
+    ),
+    "adapter_name": (
+        "Which one to read where a file holds several PEFT adapters. Empty: the only one."
     ),
 }
 
@@ -136,6 +155,12 @@ class OFTLoadAdapter(_Checked):
             choice(name, options=list(choices), default=choices[0])
             for name, choices in ReadOptions.CHOICES.items()
         ]
+        entry = functools.partial(compat.explained(TIPS), optional=True, advanced=True)
+        options += [
+            entry(io.Int.Input, "peft_terms", default=0, min=0, max=1000),
+            entry(io.Float.Input, "peft_coft", default=0.0, min=0.0, max=1000.0, step=1e-6, round=False),
+            entry(io.String.Input, "adapter_name", default=""),
+        ]
         return compat.schema(
             node_id="OFT_LoadAdapter",
             display_name="Load OFT Adapter",
@@ -150,7 +175,7 @@ class OFTLoadAdapter(_Checked):
         )
 
     @classmethod
-    def execute(cls, oft_name, **options: str) -> io.NodeOutput:
+    def execute(cls, oft_name, **options: Any) -> io.NodeOutput:
         adapter = folders.read(oft_name, ReadOptions(**options))
         text = describe(adapter).to_text()
         return io.NodeOutput(adapter, text, ui=ui.PreviewText(text))

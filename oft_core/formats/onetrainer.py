@@ -6,6 +6,7 @@ All store packed skew vectors on the input side and, unlike PEFT, rotate convolu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,8 @@ def read_oft_v2(module: Module) -> Maker:
     packed, b = module.packed("oft_rotation.weight" if takenoko else "oft_R.weight")
     stored = packed.shape[1]
     exponential = "oft_R.cans_exp" in module
+    if module.context.options.peft_neumann == "exact":
+        raise module.format_error("OneTrainer's files have no exact transform of PEFT's kind", found="peft_neumann=exact", expected="old or new")
     kind, terms = ("neumann_old" if old_series(module) else "neumann"), series_terms(module.number("oft_R.neumann_terms") or None, module.context)
     if exponential:
         kind = "expm"
@@ -109,6 +112,8 @@ def read_oft_v2(module: Module) -> Maker:
             by = math.sqrt(b - 1) * (2 if conv else 1) if flag(module, "oft_R.scaled_oft") else 1.0
         else:
             by = divisor(module, b)
+        if conv and not module.context.metadata and re.match(r"(?!lora_|oft|diffusion_model\.)[^.]+\.", module.name):
+            module.context.note("Convolutions are turned as OneTrainer does; if PEFT wrote this file, use read option oft_writer.")
         sign = direction * (-1.0 if conv else 1.0)
         rotation = LayerRotation(
             "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
