@@ -222,7 +222,7 @@ def core_method(subject: Subject, name: str, adapter: type, rank: int) -> Method
     made: dict[str, nn.Module] = {}
     for target in subject.targets:
         one = adapter.create_train(subject.model.get_submodule(target).weight, rank=rank, alpha=1.0)
-        made[target] = one.train().requires_grad_(True)
+        made[target] = one.to(subject.device).train().requires_grad_(True)
     parameters = [p for m in made.values() for p in m.parameters()]
 
     @contextmanager
