@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -1880,11 +1881,63 @@ def bad_inputs_are_explained():
     strange = comfy.model_sampling.EDM()
     strange.sigma_data = 0.5
     raises(ConfigError, lambda: train_host._prediction_of(strange), "cannot be trained")
-    nan = pictures()
-    run = a_run(of=a_set(pictures=[nan]))
+
+
+@check
+def what_is_not_finite_first_is_named():
+    """Latents and embeddings before any step, without advice on the learning rate, and nothing of them in the cache."""
+    fresh_user()
+    of = a_set(pictures=[pictures(3)], captions=["a", "b", "c"], class_prompt="a dog")
+    vae = parts("sd15")[2]
+    nan = float("nan")
+
+    def refused(*words, run=None, advice=False):
+        run = run or a_run(of=of)
+        said = raises(TrainingError, lambda: go(run), "not finite", *words)
+        assert ("learning rate" in said.lower()) == advice, said
+        return run
+
+    encode = vae.encode
+    second = of.load(of.records[1])[0]
+    with replaced(vae, "encode", lambda image: encode(image) * (nan if torch.equal(image[0], second) else 1)):
+        run = refused("VAE's latent", "picture 2", "--fp32-vae")
+        assert run.trainer is None
+    embed = train_host.comfy.sd.CLIP.encode_from_tokens_scheduled
+
+    def broken(self, tokens, **options):
+        made = embed(self, tokens, **options)
+        words = [w[0] for w in tokens["l"][0]]
+        wanted = [w[0] for w in self.tokenize("ohwx, b")["l"][0]]
+        return [[cond * (nan if words == wanted else 1), more] for cond, more in made]
+
+    with replaced(train_host.comfy.sd.CLIP, "encode_from_tokens_scheduled", broken):
+        refused("text embedding of 'ohwx, b'", "--fp32-text-enc")
+    run = a_run(of=of)
     predict = run.host.predict
-    run.host.predict = lambda *a: predict(*a) * float("nan")
-    raises(TrainingError, lambda: go(run), "not finite")
+    run.host.predict = lambda *a: predict(*a) * nan
+    refused("the model's output for picture", "step 1", "also without what was trained", run=run)
+    run = a_run(of=of, config={"prior": "pictures", "class_pictures": 2})
+    draw = run.host.sample_latent
+    run.host.sample_latent = lambda *a: draw(*a) * nan
+    refused("class picture 1", run=run)
+    # Text encoders that are trained were finite before the first step.
+    run = a_run(of=of, config={"text_encoder_lr": 0.01}, steps=3)
+    tokens = run.host.encoders.encode_token_weights
+
+    def later(*a):
+        cond, *more = tokens(*a)
+        return (cond * (nan if run.trainer and run.trainer.step == 1 else 1), *more)
+
+    with replaced(run.host.encoders, "encode_token_weights", later):
+        refused("text embedding", "text encoders", run=run, advice=True)
+    del run.host.encoders.encode_token_weights
+    # The cache holds none of it.
+    fine = go(a_run(of=of))
+    assert all(map(math.isfinite, fine.losses))
+    for where, values in (("picture", pictures()), ("mask", torch.ones(1, 64, 64))):
+        values[0, 3, 4] = nan
+        given = {"pictures": [values]} if where == "picture" else {"masks": [values]}
+        raises(ConfigError, lambda given=given: a_set(**given), "not finite", f"{where} 1")
 
 
 # --- what is said about it ----------------------------------------------------------------------------------
