@@ -13,7 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def _belonging(pictures: Sequence[Path], files: Sequence[_Beside]) -> dict[Path,
         found = []
         for short, name in enumerate((base + ending, base)):
             for one in by_key.get(_key(name), ()):
-                off = 2 if one.base != name else not one.plain
+                off = 2 if one.base != name else int(not one.plain)
                 if off < 2 or alike[_key(base), ending.lower()] == 1:
                     found.append((short, one.kind, off, one.path.name, one.path))
         out[picture] = [path for *_, path in sorted(found)]
@@ -237,7 +237,7 @@ class _Gathered:
         self._say(f"second {what} of a picture is not used", f"second {what}s of pictures are not used", second)
         self._say(f"{what} file belongs to no picture", f"{what} files belong to no picture", alone)
 
-    def _say(self, one: str, many: str, names) -> None:
+    def _say(self, one: str, many: str, names: Iterable[str]) -> None:
         for name in names:
             self.lines.setdefault((one, many), []).append(name)
 
@@ -259,7 +259,7 @@ def _no_pictures(root: Path, own: _Files) -> ConfigError:
                 below.append(sub.name)
     hint = None
     if below:
-        hint = f"Choose the folder with the pictures itself ({some(below)}), or give its name a number of repeats: 10_name."
+        hint = f"Choose one of its subfolders ({some(below)}), or put a number of repeats before their names: 10_name."
     others = [p.name for p in own.all] + [f"{p.name}/" for p in own.subfolders]
     return ConfigError(
         "The folder holds no pictures", file=root, found=some(others) or None, expected="files ending in " + ", ".join(PICTURES), hint=hint

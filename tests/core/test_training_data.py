@@ -324,7 +324,7 @@ def test_subfolders_with_repeats_are_read_as_kohya_does(tmp_path):
     said, notes = captions(tmp_path)
     assert said == {"own.png": "-"} and "subfolders were left out: 0_off, 10_zwx dog, 1_dog" in notes and "kohya" not in notes
     picture(tmp_path / "dates" / "20240131_trip" / "a.png")
-    with pytest.raises(ConfigError, match=r"no pictures.*Choose the folder with the pictures itself \(20240131_trip\).*10_name"):
+    with pytest.raises(ConfigError, match=r"no pictures.*Choose one of its subfolders \(20240131_trip\).*10_name"):
         scan(tmp_path / "dates")
 
 

@@ -987,6 +987,7 @@ def masks_beside_pictures_are_no_pictures():
     assert all(torch.equal(a, b) for a, b in zip(of.load(of.records[0]), over_link.load(over_link.records[0]), strict=True))
     other = a_set(folder="masked", masks=[1 - connected])
     assert "Masks are connected, so mask files are not used: 1-masklabel.png" in dataset.summary(other)
+    assert other.records[0].mask is None and of.records[0].mask.endswith("1-masklabel.png")
     assert torch.equal(other.load(other.records[0])[1], 1 - of.load(of.records[0])[1]) and other.digest != of.digest
     run = a_run(of=of)
     with torch.inference_mode(), train_mode.training_mode():
