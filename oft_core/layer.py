@@ -18,9 +18,14 @@ from . import blocks as multiply
 from .constraint import Constraint, Strength
 from .errors import ShapeError, StrengthError, ValueFault
 from .rotation import (
+    LARGE_LAM,
     Spectrum,
+    cayley_float,
     generator_spectrum,
+    lambda_bounds,
     lambdas,
+    large_spectrum,
+    matrices,
     orthogonality_error,
     polar,
     rotation_spectrum,
@@ -33,6 +38,10 @@ from .rotation import (
 LONGEST_PRODUCT = 2048
 #: Norm of a generator from which on float64 no longer gives a rotation; training that works stays below 10.
 LARGEST_LAM = 1e9
+#: Numbers of other parts of a file from which on a weight at strength 2 may leave float32.
+LARGEST_FACTOR = 1e9
+#: Norm of a generator up to which real eigenvectors, kept in float32, give powers orthogonal to 1e-6.
+_REAL_PLANES = 2.0
 #: An angle of a finished matrix closer to 180 degrees than this has no definite direction, hence no power.
 _AMBIGUOUS = torch.pi - 2e-3
 
@@ -95,7 +104,7 @@ class LayerRotation:
 
     @property
     def exact(self) -> bool:
-        """Whether M is orthogonal at every strength of the rotation modes."""
+        """Whether M is orthogonal at every strength of the rotation modes; where the last block is cut, all but that one are."""
         return self.kind in ("cayley", "expm")
 
     @property
@@ -143,13 +152,13 @@ class LayerRotation:
             size = self.lam_bound()
             if size < LARGEST_LAM and size >= 1 and self.kind.startswith("neumann"):
                 # A series of n terms has powers up to n - 1 of what may be far above its range.
-                size = float((self.largest_lam() * self._limit(Strength(), "cpu")).max())
+                size = self.series_lam(Strength())
                 size = size if size < 1 else 10 ** min(math.log10(size) * (self.terms - 1), 300)
             if not size < LARGEST_LAM:
                 fault = f"a generator of norm {self.lam_bound():.3g}"
-        for factors in (self.row_scale, self.col_scale, self.added):
-            if factors is not None and not bool(torch.isfinite(factors).all()):
-                fault = "factors that are not finite"
+        for what, numbers in (("factors", self.row_scale), ("factors", self.col_scale), ("a difference", self.added), ("matrices", self.matrix)):
+            if numbers is not None:
+                fault = _too_large(what, numbers) or fault
         if fault is not None:
             raise ValueFault(
                 "The file's numbers are too large", file=file, module=module, found=fault, expected="a rotation and finite factors",
@@ -252,29 +261,41 @@ class LayerRotation:
     def lam_bound(self) -> float:
         """Upper bound of lam without limits, cheap: Frobenius norm over sqrt(2). Cached."""
         if "bound" not in self._cache:
-            self._cache["bound"] = float(self.generator.square().sum(-1).max().sqrt()) * (1 + 1e-6)
+            self._cache["bound"] = float(torch.linalg.vector_norm(self.generator, dim=-1).max()) * (1 + 1e-6)
         return self._cache["bound"]
+
+    def series_lam(self, strength: Strength) -> float:
+        """Largest lam with the limits of ``strength``, exact from 1 on; below 1 it may be an upper bound, which takes less work."""
+        limit = self._limit(strength, "cpu").expand(self.stages, self.stored)
+        if "lam" not in self._cache:
+            rough = (torch.linalg.vector_norm(self.generator, dim=-1, dtype=torch.float64) * limit).max()
+            if float(rough) >= 1:
+                flat = [lambda_bounds(part, self.block)[1] for part in _portions(self.generator.flatten(0, 1), self.block)]
+                rough = (torch.cat(flat).view_as(limit) * limit).max()
+            if float(rough) < 1:
+                return float(rough)
+        return float((self.largest_lam() * limit).max())
 
     def largest_lam(self, device: torch.device | str = "cpu") -> Tensor:
         """Largest lam of every stored block without limits, float64 (stages, stored)."""
         return self.lam()[..., -1].to(device)
 
     def spectrum(self) -> Spectrum:
-        """Planes of the unlimited generator, or of the orthogonal part of finished matrices; float32, (stages, stored, ...). Cached."""
+        """Planes of the unlimited generator, or of the orthogonal part of finished matrices; (stages, stored, ...). Cached."""
         if "spectrum" not in self._cache:
-            parts = []
             if self.kind == "matrix":
-                parts.append(rotation_spectrum(self._polar()[0]))
+                found = rotation_spectrum(self._polar()[0])
+                # Close to a half turn the direction is a quotient of small numbers.
+                self._cache["spectrum"] = found if float(found.planes.max()) > 2.8 else found.single()
             else:
-                for part in _portions(self.generator.flatten(0, 1), self.block):
-                    parts.append(generator_spectrum(unpack_skew(part.double(), self.block)))
-            head = (self.stages, self.stored)
-            self._cache["spectrum"] = Spectrum(
-                *(
-                    torch.cat([getattr(p, name).flatten(0, -dims - 1) for p in parts]).unflatten(0, head).float()
-                    for name, dims in (("vectors", 2), ("planes", 1), ("turn", 2), ("turn_size", 1))
+                planes = generator_spectrum if self.lam_bound() <= _REAL_PLANES else large_spectrum
+                parts = [planes(unpack_skew(p.double(), self.block)).single() for p in _portions(self.generator.flatten(0, 1), self.block)]
+                self._cache["spectrum"] = Spectrum(
+                    *(
+                        torch.cat([getattr(p, name) for p in parts]).unflatten(0, (self.stages, self.stored))
+                        for name in ("vectors", "planes", "turn", "turn_size")
+                    )
                 )
-            )
         return self._cache["spectrum"]
 
     def _polar(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -345,8 +366,15 @@ class LayerRotation:
                     expected=f"at most {LONGEST_PRODUCT}", hint="Use mode 'rotation', which scales every factor's generator.",
                 )
             return
+        if powers and strength.value < 0 and self.kind == "matrix":
+            sigma = self._polar()[2]
+            if float(sigma.min()) <= 1e-6 * float(sigma.max()):
+                raise StrengthError(
+                    "A stored matrix has no inverse, so negative strengths are not defined", file=file, module=module,
+                    found=f"strength {strength.value:g}", hint="Use mode 'linear' for negative strengths.",
+                )
         if powers and self.kind.startswith("neumann") and self.lam_bound() >= 1:
-            lam = float((self.largest_lam() * self._limit(replace(strength, value=1.0), "cpu")).max())
+            lam = self.series_lam(replace(strength, value=1.0))
             if lam >= 1:
                 raise StrengthError(
                     "The Neumann series of this layer diverges, so only strengths 0 and 1 are defined",
@@ -372,8 +400,7 @@ class LayerRotation:
         Of finished matrices the planes of the orthogonal part; their stretching is not in the gain.
         """
         s = strength.value
-        sp = self.spectrum()
-        sp = Spectrum(*(t.to(device, torch.float64) for t in (sp.vectors, sp.planes, sp.turn, sp.turn_size)))
+        sp = self.spectrum().double(device)
         if self.kind == "matrix":
             angle = s * sp.planes
             if isinstance(strength.coft, float):
@@ -424,7 +451,9 @@ class LayerRotation:
         else:
             held = Strength(strength.value if coft == "hold" else 1.0, "geodesic", coft)
             limit = self._limit(held, "cpu").expand(self.stages, self.stored)
-            factors = transform(self.kind, self.terms).matrix(self._dense("cpu") * limit[..., None, None])
+            large = self.lam_bound() > LARGE_LAM
+            raw = self._dense("cpu") * limit[..., None, None]
+            factors = matrices(self.kind, self.terms, raw.flatten(0, 1), large).view_as(raw)
         m = torch.eye(self.axis, dtype=torch.float64)
         for i, factor in enumerate(factors):
             m = multiply.rotate(m, factor, multiply.butterfly_permutation(self.butterfly, i, self.block, self.axis))
@@ -603,7 +632,13 @@ class Diff:
         return None
 
     def check_values(self, *, module: str | None = None, file: str | None = None) -> None:
-        return None
+        """Raises ValueFault if the numbers are finite but too large for a weight."""
+        fault = _too_large("a difference", self.delta)
+        if fault is not None:
+            raise ValueFault(
+                "The file's numbers are too large", file=file, module=module, found=fault, expected="a difference of weights",
+                hint="The training run broke; use an earlier save.",
+            )
 
     def rows_slice(self, start: int, length: int, *, module: str | None = None) -> Diff:
         """The part for the output rows start ... start+length."""
@@ -630,13 +665,27 @@ def powered(factors: Tensor | None, s: float) -> Tensor | None:
     """Row or column factors at strength s in the rotation modes: m^s, or 1 + s(m - 1) for a factor that is not positive."""
     if factors is None:
         return None
-    return torch.where(factors > 0, factors.clamp_min(1e-30).pow(s), 1 + s * (factors - 1))
+    # The bounds keep the square of a factor, and its inverse, inside float32.
+    return torch.where(factors > 0, factors.clamp(1e-15, 1e15).pow(s), 1 + s * (factors - 1))
+
+
+def _too_large(what: str, numbers: Tensor) -> str | None:
+    """What is wrong with factors, differences or matrices that no weight can take; None if nothing is."""
+    low, high = (float(x) for x in torch.aminmax(numbers)) if numbers.numel() else (0.0, 0.0)
+    if low >= -LARGEST_FACTOR and high <= LARGEST_FACTOR:
+        return None
+    size = max(-low, high)
+    return f"{what} of size {size:.3g}" if math.isfinite(size) else f"{what} that are not finite"
+
+
+def _part_size(block: int, device: torch.device) -> int:
+    """Blocks whose float64 matrices fill 1 MiB on a CPU (its cache), 64 MiB elsewhere."""
+    return max(1, (1 << 17 if device.type == "cpu" else 1 << 23) // (block * block))
 
 
 def _portions(flat: Tensor, block: int) -> list[Tensor]:
-    """Split (blocks, ...) so that the float64 matrices of one part fill 1 MiB on a CPU (its cache), 64 MiB elsewhere."""
-    numbers = 1 << 17 if flat.device.type == "cpu" else 1 << 23
-    return list(flat.split(max(1, numbers // (block * block))))
+    """Split (blocks, ...) into parts of that size."""
+    return list(flat.split(_part_size(block, flat.device)))
 
 
 def _core_constraint(layer: LayerRotation) -> Constraint:
@@ -679,7 +728,8 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
         if isinstance(layer, Diff):
             continue
         if _directly(layer, strength) and layer.kind != "matrix":
-            groups.setdefault((layer.block, layer.kind, layer.terms), []).append(i)
+            large = layer.exact and layer.lam_bound() * abs(scaled) > LARGE_LAM
+            groups.setdefault((layer.block, layer.kind, layer.terms, large), []).append(i)
             continue
         if layer._as_product(strength):
             m = layer._product_power(strength, where)
@@ -692,25 +742,35 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
             at = replace(strength, value=1.0) if strength.mode == "linear" else strength
             m = layer._matrices_from_planes(at, where)
         out[i] = _built(layer, m, strength, target)
-    for (block, kind, terms), members in groups.items():
-        make = transform(kind, terms).matrix
-        limit = [(layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored) for i in members]
-        factors = torch.cat([f.reshape(-1, 1) for f in limit])
-        packed = [layers[i].generator.to(where).flatten(0, 1) for i in members]
-        flat = packed[0] if len(packed) == 1 else torch.cat(packed)
-        # Written into float32 part by part, so that the float64 copies stay small.
-        result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=where)
-        at = 0
-        for part in _portions(flat, block):
-            scale = factors[at : at + len(part)]
-            result[at : at + len(part)] = make(unpack_skew(part.double() * scale, block))
-            at += len(part)
-        at = 0
-        for i in members:
-            n = layers[i].stages * layers[i].stored
-            out[i] = _built(layers[i], result[at : at + n].view(layers[i].stages, layers[i].stored, block, block), strength, target)
-            at += n
+    for (block, kind, terms, large), members in groups.items():
+        fast = kind == "cayley" and not large
+        # Taken in parts that fit the cache, so that the float64 copies stay small; a large layer is not copied to be joined.
+        for part in _runs([(i, layers[i].stages * layers[i].stored) for i in members], _part_size(block, where)):
+            limit = [(layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored) for i in part]
+            scale = limit[0].reshape(-1, 1) if len(part) == 1 else torch.cat([f.reshape(-1, 1) for f in limit])
+            packed = [layers[i].generator.to(where).flatten(0, 1) for i in part]
+            flat = packed[0] if len(part) == 1 else torch.cat(packed)
+            result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=where)
+            for v, by, out_part in zip(*(t.split(_part_size(block, where)) for t in (flat, scale, result)), strict=True):
+                q = unpack_skew(v, block).double().mul_(by.unsqueeze(-1))
+                out_part.copy_(cayley_float(q) if fast else matrices(kind, terms, q, large))
+            sizes = [layers[i].stages * layers[i].stored for i in part]
+            for i, m in zip(part, result.split(sizes), strict=True):
+                out[i] = _built(layers[i], m.view(layers[i].stages, layers[i].stored, block, block), strength, target)
     return out
+
+
+def _runs(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:
+    """Neighbours (index, size) joined to runs of at most ``most`` in all; a larger one stands alone."""
+    runs: list[list[int]] = []
+    room = 0
+    for i, size in sizes:
+        if size > room:
+            runs.append([])
+            room = most
+        runs[-1].append(i)
+        room -= size
+    return runs
 
 
 def _built(layer: LayerRotation, m: Tensor, strength: Strength, device: torch.device) -> Built:

@@ -8,10 +8,12 @@ those raise, hang or return wrong numbers (pytorch issues 141358, 142815); Chole
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +33,10 @@ def unpack_skew(v: Tensor, b: int) -> Tensor:
 
 def pack_skew(q: Tensor) -> Tensor:
     """Skew-symmetric (..., b, b) -> packed strict upper triangle (..., b(b-1)/2)."""
-    i, j = torch.triu_indices(q.shape[-1], q.shape[-1], 1, device=q.device)
-    return q[..., i, j]
+    b = q.shape[-1]
+    i, j = torch.triu_indices(b, b, 1, device=q.device)
+    # One list of places in flat blocks: reading by pairs of indices takes ten times as long.
+    return q.reshape(-1, b * b).index_select(1, i * b + j).view(*q.shape[:-2], -1)
 
 
 def cayley(q: Tensor) -> Tensor:
@@ -49,6 +53,66 @@ def cayley(q: Tensor) -> Tensor:
     r = 2 * torch.cholesky_solve(right, factor)
     r.diagonal(dim1=-2, dim2=-1).sub_(1)
     return r
+
+
+#: Degree of the polynomial that ``cayley_float`` starts from.
+_DEGREE = 5
+
+
+@functools.cache
+def _inverse_series() -> tuple[float, ...]:
+    """Coefficients c of the polynomial with the smallest largest |1 - (1 + x) sum c_k x^k| on [0, 1]: 1 / T(3), below 6e-5.
+
+    That residual is Chebyshev's T of degree 6 on [0, 1], scaled to 1 at x = -1 where 1 + x vanishes.
+    """
+    t = np.polynomial.Chebyshev.basis(_DEGREE + 1, domain=[0, 1]).convert(kind=np.polynomial.Polynomial)
+    rest = 1 - t / t(-1.0)
+    quotient, _ = np.polynomial.polynomial.polydiv(rest.coef, [1.0, 1.0])
+    return tuple(float(c) for c in quotient)
+
+
+def cayley_float(q: Tensor) -> Tensor:
+    """Float32 Cayley transform of skew q (n, b, b) float64, each entry as good as one rounded from float64 to about 1e-8; no gradient.
+
+    On a CPU blocks of middle size whose planes all turn by less than 90 degrees are inverted by products of matrices alone: a
+    polynomial of q^T q in float32, then one Newton step with a residual in float64, which squares the error. Others go through
+    ``cayley``.
+    """
+    if q.device.type != "cpu" or not 16 <= q.shape[-1] <= 256:
+        return cayley(q).float()
+    small = q.float()
+    gram = torch.bmm(small.transpose(1, 2), small)
+    # Every lam^2 occurs twice among the eigenvalues.
+    far = torch.linalg.vector_norm(gram, dim=(1, 2)) > math.sqrt(2) * 0.999
+    if bool(far.any()):
+        out = torch.empty_like(small)
+        near = ~far
+        out[far] = cayley(q[far]).float()
+        if bool(near.any()):
+            out[near] = _cayley_near(q[near], small[near], gram[near])
+        return out
+    return _cayley_near(q, small, gram)
+
+
+def _cayley_near(q: Tensor, small: Tensor, gram: Tensor) -> Tensor:
+    """``cayley_float`` where all lam <= 1. small: q in float32; gram: q^T q in float32."""
+    c = _inverse_series()
+
+    def line(i: int) -> Tensor:
+        out = gram * c[i + 1]
+        out.diagonal(dim1=1, dim2=2).add_(c[i])
+        return out
+
+    square = torch.bmm(gram, gram)
+    even = torch.baddbmm(line(2), square, line(4))
+    even = torch.baddbmm(line(0), square, even)  # about (I + q^T q)^-1
+    x = torch.baddbmm(even, small, even)  # about (I - q)^-1
+    wide = x.double()
+    rest = torch.baddbmm(wide, q, wide, beta=-1)
+    rest.diagonal(dim1=1, dim2=2).add_(1)
+    r = 2 * x
+    r.diagonal(dim1=1, dim2=2).sub_(1)  # without rounding: these lie in [0, 1]
+    return r.add_(torch.bmm(x, rest.float()), alpha=2)  # not in one call, which would round every partial sum
 
 
 def neumann_coefficients(terms: int, old: bool = False) -> list[float]:
@@ -82,9 +146,10 @@ def polynomial(q: Tensor, coefficients: list[float]) -> Tensor:
 class Spectrum:
     """Invariant planes of a batch of normal matrices.
 
-    vectors (..., b, b): orthonormal eigenvectors (columns) of a symmetric function of the matrix.
+    vectors (..., b, b): orthonormal eigenvectors (columns) of a symmetric function of the matrix; or complex ones of the matrix itself.
     planes (..., b): one non-negative number per vector: lam of a generator, or the angle in radians of a finished rotation.
     turn (..., b, b): the skew operator that carries the direction of turning; its size in the plane is ``turn_size`` (..., b).
+    Of complex vectors ``turn`` is empty, and ``turn_size`` the sense of turning, -1, 0 or 1.
     """
 
     vectors: Tensor
@@ -92,8 +157,21 @@ class Spectrum:
     turn: Tensor
     turn_size: Tensor
 
+    def double(self, device: torch.device | str) -> Spectrum:
+        """The same on a device, as float64 (complex128)."""
+        vectors = self.vectors.to(device, torch.complex128 if self.vectors.is_complex() else torch.float64)
+        return Spectrum(vectors, *(t.to(device, torch.float64) for t in (self.planes, self.turn, self.turn_size)))
+
+    def single(self) -> Spectrum:
+        """The same to keep, as float32 (complex64), half the memory."""
+        vectors = self.vectors.to(torch.complex64 if self.vectors.is_complex() else torch.float32)
+        return Spectrum(vectors, *(t.float() for t in (self.planes, self.turn, self.turn_size)))
+
     def apply(self, real: Tensor, imaginary: Tensor) -> Tensor:
         """The matrix that acts as real + imaginary*J in each plane (J = quarter turn); real, imaginary (..., b) -> (..., b, b)."""
+        if self.vectors.is_complex():
+            scaled = self.vectors * torch.complex(real, -self.turn_size * imaginary).unsqueeze(-2)
+            return (scaled @ self.vectors.mH).real
         back = self.vectors.transpose(-1, -2)
         even = (self.vectors * real.unsqueeze(-2)) @ back
         slope = imaginary / self.turn_size.clamp_min(torch.finfo(self.turn_size.dtype).tiny)
@@ -112,6 +190,15 @@ def generator_spectrum(q: Tensor) -> Spectrum:
     return Spectrum(vectors, lam, q, lam)
 
 
+def large_spectrum(q: Tensor) -> Spectrum:
+    """``generator_spectrum`` for any size of lam, at twice the work: complex eigenvectors of iq.
+
+    Those of q^T q mix planes whose lam differ much in size, and q then carries the large ones' share into the small ones.
+    """
+    values, vectors = torch.linalg.eigh(q * 1j)
+    return Spectrum(vectors, values.abs(), q.new_zeros(*q.shape[:-2], 0), values.sign())
+
+
 def rotation_spectrum(r: Tensor) -> Spectrum:
     """Planes of a finished rotation r (..., b, b): planes holds the angle in [0, pi]. At pi the direction is not defined."""
     cosine, vectors = torch.linalg.eigh(0.5 * (r + r.transpose(-1, -2)))
@@ -123,6 +210,26 @@ def polar(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """m = U V diag(sigma) V^T with U orthogonal -> (U, V, sigma); shapes (..., b, b), (..., b, b), (..., b)."""
     left, sigma, right_t = torch.linalg.svd(m)
     return left @ right_t, right_t.transpose(-1, -2), sigma
+
+
+def lambda_bounds(v: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Bounds low <= lam <= high of the largest lam of packed blocks (n, p) float32 -> two (n,) float64, mostly within a tenth.
+
+    From power sums: lam^2 occurs twice among the eigenvalues of G = q^T q, so lam^4 <= |G|^2 / 2 and lam^8 <= |G^2|^2 / 2, and
+    |G^2|^2 / |G|^2 <= lam^4. Two products of float32 matrices a block; the rounding is in the bounds.
+    """
+    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=torch.float64)
+    unit = v / norm.clamp_min(1e-30).float()
+    i, j = torch.triu_indices(b, b, 1, device=v.device)
+    q = unit.new_zeros(len(v), b * b).index_copy_(1, i * b + j, unit).view(-1, b, b)
+    q = q - q.transpose(1, 2)
+    gram = torch.bmm(q, q)  # the sign does not matter here
+    first = torch.linalg.vector_norm(gram, dim=(1, 2)).double().square()
+    second = torch.linalg.vector_norm(torch.bmm(gram, gram), dim=(1, 2)).double().square()
+    slack = 1 + 4 * b**1.5 * 2.0**-24
+    high = torch.minimum((second / 2).pow(1 / 8) * slack, torch.ones_like(first))
+    low = (second / first.clamp_min(1e-30)).pow(1 / 4) / slack
+    return low * norm[:, 0], high * norm[:, 0] * (1 + 1e-6)
 
 
 def lambdas(q: Tensor) -> Tensor:
@@ -170,6 +277,20 @@ def _neumann_transform(terms: int, old: bool) -> Transform:
         return z.abs().to(lam.dtype), z.angle().to(lam.dtype)
 
     return Transform(lambda q: polynomial(q, coefficients), plane, _cayley_angle, _cayley_lam, exact=False)
+
+
+#: Norm of a generator above which the exact transforms are built from its planes: their errors grow with its square.
+LARGE_LAM = 100.0
+
+
+def matrices(name: str, terms: int, q: Tensor, large: bool) -> Tensor:
+    """The transform's matrices of skew q (n, b, b) float64, in float64.   large: whether some lam may exceed ``LARGE_LAM``."""
+    kind = transform(name, terms)
+    if not (kind.exact and large):
+        return kind.matrix(q)
+    planes = large_spectrum(q)
+    angle = kind.angle(planes.planes)
+    return planes.apply(torch.cos(angle), torch.sin(angle))
 
 
 def transform(name: str, terms: int = 5) -> Transform:

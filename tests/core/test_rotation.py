@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +128,49 @@ def test_angle_of_lam_and_back() -> None:
         for degrees in (5.0, 60.0, 120.0):
             lam = kind.lam_of_angle(math.radians(degrees))
             assert math.degrees(float(kind.angle(torch.tensor(lam, dtype=torch.float64)))) == pytest.approx(degrees)
+
+
+@pytest.mark.parametrize("b", [2, 16, 32, 65, 256, 257])
+@pytest.mark.parametrize("size", [1e-6, 0.3, 0.95, 1.0, 30.0])
+def test_cayley_in_float32_is_the_rounded_one(b: int, size: float) -> None:
+    """A few blocks far out among near ones: each goes its own way."""
+    q = skew(3, b, size) * torch.tensor([1.0, 0.5, 0.01], dtype=torch.float64).view(3, 1, 1)
+    want = np.stack([(np.eye(b) + m) @ np.linalg.inv(np.eye(b) - m) for m in q.numpy()])
+    got = rot.cayley_float(q)
+    assert got.dtype == torch.float32
+    assert np.abs(got.double().numpy() - want).max() < 2.0**-25 + 2e-8  # half a unit of the last place, and the series' own error
+    assert rot.orthogonality_error(got.double()).max() < 1.3e-7
+    assert torch.equal(rot.cayley_float(q[1:2]), got[1:2])
+
+
+@pytest.mark.parametrize("name", ["cayley", "expm"])
+def test_large_generators_have_the_planes_of_their_definition(name: str) -> None:
+    """Planes of 1e8 and of 0.5 in one block, in a basis of no symmetry: the small ones are not lost in the large ones."""
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0]
+    lam = np.array([0.5, 2.0, 1e8])
+    planes = np.zeros((6, 6))
+    planes[[0, 2, 4], [1, 3, 5]], planes[[1, 3, 5], [0, 2, 4]] = -lam, lam
+    angle = 2 * np.arctan(lam) if name == "cayley" else lam
+    turned = np.zeros((6, 6))
+    turned[range(6), range(6)] = np.repeat(np.cos(angle), 2)
+    turned[[0, 2, 4], [1, 3, 5]], turned[[1, 3, 5], [0, 2, 4]] = -np.sin(angle), np.sin(angle)
+    q = torch.from_numpy(basis @ planes @ basis.T).unsqueeze(0)
+    q = (q - q.transpose(1, 2)) / 2
+    m = rot.matrices(name, 5, q, large=True)
+    assert rot.orthogonality_error(m) < 1e-12
+    if name == "cayley":  # an angle of 1e8 radians is not known to better than its own last place
+        assert np.abs(m[0].numpy() - basis @ turned @ basis.T).max() < 1e-6
+
+
+@pytest.mark.parametrize("b", [2, 3, 8, 33, 64])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e8])
+def test_lambda_bounds_hold(b: int, size: float) -> None:
+    dense = skew(20, b, size)
+    one_plane = torch.zeros_like(dense)
+    one_plane[:, 0, 1], one_plane[:, 1, 0] = size, -size
+    for q in (dense, one_plane, torch.zeros_like(dense)):
+        v = rot.pack_skew(q).float()
+        truth = np.array([np.abs(np.linalg.eigvals(m)).max() for m in rot.unpack_skew(v.double(), b).numpy()])
+        low, high = (t.numpy() for t in rot.lambda_bounds(v, b))
+        assert (low <= truth * (1 + 1e-12)).all() and (truth <= high).all()
+        assert (high <= 1.25 * truth).all() and (low >= 0.7 * truth).all()

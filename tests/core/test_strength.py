@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from oft_core import Constraint, LayerRotation, Strength, StrengthError, build_all
+from oft_core import Constraint, LayerRotation, Strength, StrengthError, ValueFault, build_all
 from oft_core.layer import Diff
 from oft_core.rotation import cayley, unpack_skew
 
@@ -435,3 +436,105 @@ def test_a_zero_generator_is_the_identity() -> None:
     for mode in ("rotation", "geodesic", "linear"):
         for coft in ("file", "hold", 5.0):
             assert (dense(layer, Strength(0.5, mode, coft)) - torch.eye(N)).abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------ numbers of any size
+
+
+def wild(seed: int) -> LayerRotation:
+    """A layer of an exact kind whose generator has any size up to the largest that is read, alike or of many sizes in one block."""
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    butterfly = r.choice(["", "", "", "lycoris", "peft"])
+    b, n, stages = (r.choice([2, 4, 8]), 4, r.choice([1, 2, 3])) if butterfly else (r.choice([2, 3, 5, 8, 16, 17, 32, 64]), r.choice([1, 3]), 1)
+    v = torch.randn(stages, n, b * (b - 1) // 2, generator=g)
+    spread = r.choice(["", "numbers", "blocks", "sparse"])
+    if spread == "sparse":
+        v *= torch.rand(v.shape, generator=g) < 0.2
+    elif spread:
+        v *= 10 ** (torch.rand(v.shape if spread == "numbers" else (stages, n, 1), generator=g) * 20 - 16)
+    top = v.double().norm(dim=-1).max().clamp_min(1e-30)
+    v = (v * (10 ** r.choice([r.uniform(-30, 0), r.uniform(0, 8.99)]) / top)).float()
+    limit = r.choice([0.0, 10 ** r.uniform(-10, 9)])
+    norm = (2 * v.double().square().sum()).sqrt().float()
+    return LayerRotation(
+        r.choice(["in", "out"]), b, n, r.choice(["cayley", "expm"]), generator=v, butterfly=butterfly,
+        constraint=Constraint("test", limit, norm, r.random() < 0.5) if r.random() < 0.4 else None, clip=limit if r.random() < 0.2 else None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_read_is_orthogonal_whatever_its_size(seed: int) -> None:
+    layer = wild(seed)
+    layer.check_values()
+    eye = torch.eye(layer.axis)
+    for mode in ("rotation", "geodesic", "linear"):
+        for s in (-2.0, 0.37, 1.0, 2.0) if mode != "linear" else (1.0,):
+            for coft in ("file", "hold", 30.0):
+                strength, w = Strength(s, mode, coft), eye.clone()
+                try:
+                    layer.check_strength(strength)
+                    layer.apply_(w, strength)
+                except StrengthError:  # a product of factors that turns a plane by 180 degrees has no power
+                    assert layer.butterfly and mode == "geodesic"
+                    continue
+                assert (w.double().T @ w.double() - eye.double()).abs().max() <= 1e-5, (mode, s, coft)
+
+
+def test_planes_of_very_different_size_in_one_block() -> None:
+    """One plane of 4e8 beside small ones: a Gram matrix in float64 forgets the small ones."""
+    v = torch.zeros(1, 1, 120)
+    v[0, 0, ::7], v[0, 0, 3] = 0.3, 4e8
+    for kind in ("cayley", "expm"):
+        layer = LayerRotation("out", 16, 1, kind, generator=v)
+        for strength in (Strength(1.0), Strength(-2.0), Strength(2.0, "geodesic"), Strength(0.5, "geodesic")):
+            w = torch.eye(16)
+            layer.apply_(w, strength)
+            assert (w.T @ w - torch.eye(16)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"generator": packed(1, 6, 8, 2e9)}, "generator of norm"),
+        ({"row_scale": torch.full((N,), 2e9)}, "factors of size"),
+        ({"col_scale": torch.full((N,), -2e9)}, "factors of size"),
+        ({"added": torch.full((N, N), 2e9)}, "a difference of size"),
+        ({"generator": None, "kind": "matrix", "matrix": torch.full((1, 6, 8, 8), 2e9)}, "matrices of size"),
+    ],
+)
+def test_numbers_too_large_for_a_weight_are_refused(part: dict, words: str) -> None:
+    with pytest.raises(ValueFault, match=words) as fault:
+        replace(EXACT["out"], **part, _cache={}).check_values(module="m.to_q", file="a.safetensors")
+    assert "m.to_q" in str(fault.value) and "a.safetensors" in str(fault.value)
+    with pytest.raises(ValueFault, match="a difference of size"):
+        Diff(torch.full((2, 2), 1e30)).check_values(module="m")
+
+
+def test_factors_stay_finite_at_every_strength() -> None:
+    scale = torch.ones(N)
+    scale[:4] = torch.tensor([9e8, 1e-30, 1e-12, 0.0])
+    layer = replace(EXACT["in"], row_scale=scale, _cache={})
+    layer.check_values()
+    for s in (-2.0, -1.0, 2.0):
+        assert torch.isfinite(dense(layer, Strength(s))).all()
+
+
+def test_a_singular_matrix_has_no_negative_strength() -> None:
+    matrix = finished(6, 8, False)
+    matrix[0, 2, 3] = 0.0  # a row of zeros
+    layer = LayerRotation("out", 8, 6, kind="matrix", matrix=matrix)
+    for allowed in (Strength(0.5), Strength(1.0), Strength(-1.0, "linear")):
+        layer.check_strength(allowed)
+        assert torch.isfinite(dense(layer, allowed)).all()
+    for mode in ("rotation", "geodesic"):
+        with pytest.raises(StrengthError, match="no inverse"):
+            layer.check_strength(Strength(-1.0, mode))
+
+
+def test_a_range_of_a_series_is_found_without_all_its_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of this block lies above 1, its largest lam far below: power sums tell."""
+    layer = LayerRotation("in", 32, 2, kind="neumann", generator=packed(1, 2, 32, 0.7))
+    assert layer.lam_bound() > 1
+    monkeypatch.setattr("oft_core.layer.lambdas", None)
+    layer.check_strength(Strength(0.5))
+    layer.check_values()
