@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_weights import BlockWeights
 from .constraint import Strength
-from .errors import FileError, FormatError, ModelMismatch, ValueFault
+from .errors import AdapterError, FileError, FormatError, ModelMismatch, ValueFault
 from .formats import (
     DIALECTS,
     Context,
@@ -82,7 +82,11 @@ class Patch:
     ) -> None:
         """Apply to the whole parameter ``weight`` in place; see ``LayerRotation.apply_``. base_row_norm: (rows,) in base order."""
         view = weight if self.rows is None else weight.narrow(0, *self.rows)
-        apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, base_row_norm=base_row_norm)
+        try:
+            apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, base_row_norm=base_row_norm)
+        except AdapterError as error:
+            error.module = error.module or self.module
+            raise
 
 
 def apply_swapped_(
@@ -373,11 +377,11 @@ def read_tensors(
     entries: dict[str, Entry] = {}
     reasons: dict[str, str] = {}
     for module in modules.values():
+        _check_values(module)
         found = detect(module)
         if found is None:
             unknown += [f"{module.name}.{s}" for s in module.tensors if s not in ("alpha", "I")]
             continue
-        _check_values(module)
         dialect, reason = found
         reasons.setdefault(dialect, reason)
         entries[module.name] = Entry(module.name, dialect, reader(module, dialect), clip)

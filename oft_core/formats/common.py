@@ -165,6 +165,17 @@ class Module:
             raise self.shape_error(f"'{suffix}' must hold square blocks", tuple(t.shape), "(" + "n, " * (ndim - 2) + "b, b)")
         return t
 
+    def butterfly(self, suffix: str, first_permuted: bool) -> Tensor:
+        """Butterfly factors (stages, n, b, b) in float32. first_permuted: whether stage 0 reorders entries too (LyCORIS).
+
+        Raises ShapeError for other shapes.
+        """
+        t = self.blocks(suffix, 4)
+        stages, n, b, _ = t.shape
+        if (stages > 1 or first_permuted) and (b % 2 or n % 2 ** min(stages - 1, 62)):
+            raise self.shape_error("These factors do not form a butterfly", tuple(t.shape), "even b, n divisible by 2^(stages-1)")
+        return t
+
     def packed(self, suffix: str) -> tuple[Tensor, int]:
         """Packed skew vectors (1, n, b(b-1)/2) in float32 and b. Raises ShapeError for an impossible length."""
         v = self.get(suffix)

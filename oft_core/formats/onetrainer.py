@@ -143,12 +143,17 @@ def dora_factor(module: Module) -> tuple[torch.Tensor | None, str]:
             norm_of = "base"
     for suffix in ("dora_log_multiplier", "dora_log_multiplier_row"):
         if suffix in module:
-            extra = module.row_factors(suffix).exp()
-            factor = extra if factor is None else factor * extra
+            factor = _times(module, factor, suffix, module.row_factors(suffix).exp())
     if "dora_multiplier" in module:
-        extra = module.row_factors("dora_multiplier")
-        factor = extra if factor is None else factor * extra
+        factor = _times(module, factor, "dora_multiplier", module.row_factors("dora_multiplier"))
     return factor, norm_of
+
+
+def _times(module: Module, factor: torch.Tensor | None, suffix: str, extra: torch.Tensor) -> torch.Tensor:
+    """The product of a layer's row factors. Raises ShapeError for factors of different length."""
+    if factor is not None and factor.shape != extra.shape:
+        raise module.shape_error(f"'{suffix}' does not fit the layer's other row factors", extra.numel(), factor.numel())
+    return extra if factor is None else factor * extra
 
 
 def lokr_factors(module: Module) -> tuple[torch.Tensor, torch.Tensor, float] | None:

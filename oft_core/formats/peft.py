@@ -146,10 +146,8 @@ def read_f9(module: Module) -> Maker:
 
 def read_f10(module: Module) -> Maker:
     """F10 (PEFT BOFT): ``boft_R`` (factors, n, b, b) on the input side, M = product of cayley(-(A - A^T)/2), rows times ``boft_s``."""
-    a = module.blocks("boft_R", 4)
-    stages, n, b, _ = a.shape
-    if stages > 1 and (b % 2 or n % 2 ** (stages - 1)):
-        raise module.shape_error("These factors do not form a butterfly", tuple(a.shape), "even b, n divisible by 2^(factors-1)")
+    a = module.butterfly("boft_R", False)
+    _, n, b, _ = a.shape
     packed = -skew_pack(a, half=True)
     factors = module.row_factors("boft_s") if "boft_s" in module else None
     choice = module.context.options.boft_conv
