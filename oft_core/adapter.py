@@ -21,7 +21,6 @@ from .errors import AdapterError, FileError, FormatError, ModelMismatch, ValueFa
 from .formats import (
     DIALECTS,
     Context,
-    Maker,
     Module,
     ReadOptions,
     detect,
@@ -38,21 +37,30 @@ from .schedule import Schedule
 __all__ = ["Adapter", "Binding", "Entry", "Patch", "build_all", "load_adapter", "read_tensors"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One adapted layer as the file names it."""
 
-    module: str
+    source: Module
     dialect: str
-    make: Maker
     #: Which CLIP a name without a prefix is for: te1, or te2 in a file that has a CLIP-G's layers.
     clip: str = "te1"
-    _pieces: dict[tuple[int, ...] | None, list[Piece]] = field(default_factory=dict, repr=False, compare=False)
+    _pieces: dict[tuple[int, ...] | None, list[Piece]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def module(self) -> str:
+        return self.source.name
+
+    def make(self, shape: Sequence[int] | None) -> list[Piece]:
+        """What to do with a weight of this shape (None: not known, a plain Linear layer). Raises the reader's errors."""
+        return reader(self.source, self.dialect)(shape)
 
     def pieces(self, shape: Sequence[int] | None) -> list[Piece]:
-        """What to do with a weight of this shape (None: not known, a plain Linear layer). Kept, with what its rotations have
-        computed, so that a file that stays in memory answers at once for another strength."""
+        """The same, kept with what its rotations have computed, so that a file that stays in memory answers at once for another
+        strength."""
         key = None if shape is None else tuple(shape)
+        if self._pieces is None:
+            self._pieces = {}
         if key not in self._pieces:
             self._pieces[key] = self.make(shape)
         return self._pieces[key]
@@ -293,7 +301,8 @@ class _Stored(Mapping):
 
     def __getitem__(self, key: str) -> Tensor:
         try:
-            return self._file.get_tensor(key)
+            # A copy: the library's tensors are windows into the file, which may be written over while they live.
+            return self._file.get_tensor(key).clone()
         except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:  # also types that torch does not have
             raise FileError("A tensor of the file cannot be read", file=self._path, module=key, found=str(error)) from error
 
@@ -384,7 +393,7 @@ def read_tensors(
             continue
         dialect, reason = found
         reasons.setdefault(dialect, reason)
-        entries[module.name] = Entry(module.name, dialect, reader(module, dialect), clip)
+        entries[module.name] = Entry(module, dialect, clip)
     count = Counter(e.dialect for e in entries.values() if e.dialect != "F5d")
     if not count:
         raise FormatError(
@@ -395,7 +404,7 @@ def read_tensors(
     dialect = count.most_common(1)[0][0]
     for entry in entries.values():
         if entry.dialect != "F5d":
-            for piece in entry.pieces(None):  # shape faults and remarks show now, not at the first use
+            for piece in entry.make(None):  # shape faults and remarks show now, not at the first use; kept are those of real shapes
                 piece.op.check_values(module=entry.module, file=name)
     if unknown:
         context.note(f"{len(unknown)} keys are not understood and not applied, e.g. {unknown[0]}")

@@ -133,7 +133,7 @@ class Context:
         return any(k.startswith("ss_") for k in self.metadata) or "lycoris_config" in self.metadata
 
 
-@dataclass
+@dataclass(slots=True)
 class Module:
     """All tensors of one adapted layer, by suffix."""
 
@@ -208,6 +208,11 @@ def series_terms(number: float | None, context: Context) -> int:
 def skew_pack(a: Tensor, half: bool = False) -> Tensor:
     """Stored square blocks A (..., b, b) -> packed A - A^T, or (A - A^T)/2 if ``half``."""
     return pack_skew(a - a.transpose(-1, -2)) * (0.5 if half else 1.0)
+
+
+def scaled(packed: Tensor, by: float) -> Tensor:
+    """The vectors times a number; the file's own where it is 1, for they may be all of a large file."""
+    return packed if by == 1 else packed * by
 
 
 def frobenius(packed: Tensor, per_block: bool) -> Tensor:

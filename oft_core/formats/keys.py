@@ -117,7 +117,8 @@ def group(tensors: Mapping[str, Tensor], context: Context) -> tuple[dict[str, Mo
             if wanted and saved["adapter"] and saved["adapter"] != wanted:
                 continue
             spelled = spelled[: saved.start()] + spelled[saved.end() :]
-        spelled = _DEFAULT.sub("", spelled)
+        if ".default" in spelled:
+            spelled = _DEFAULT.sub("", spelled)
         match = _KEY.match(spelled)
         if match is not None and not (whole_model and saved is None and match["suffix"] == "alpha"):
             name, suffix = match["module"], match["suffix"] or match["glued"]

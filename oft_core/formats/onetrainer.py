@@ -13,7 +13,7 @@ import torch
 
 from ..constraint import Constraint
 from ..layer import LayerRotation
-from .common import Maker, Module, Piece, block_count, conv_like, frobenius, series_terms, truth
+from .common import Maker, Module, Piece, block_count, conv_like, frobenius, scaled, series_terms, truth
 
 #: OneTrainer dropped COFT on this day; its configs up to then may switch it on.
 COFT_EPS = 1e-4
@@ -116,7 +116,7 @@ def read_oft_v2(module: Module) -> Maker:
             module.context.note("Convolutions are turned as OneTrainer does; if PEFT wrote this file, use read option oft_writer.")
         sign = direction * (-1.0 if conv else 1.0)
         rotation = LayerRotation(
-            "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
+            "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=scaled(packed, sign / by),
             constraint=coft_limit(module, packed, conv),
             clip=clip, row_scale=ratio, norm_of=norm_of, added=None if lokr is None else lokr_delta(module, *lokr, shape),
             col_scale=columns,

@@ -17,6 +17,7 @@ from .common import (
     block_count,
     conv_like,
     frobenius,
+    scaled,
     series_terms,
     side_length,
     skew_pack,
@@ -139,7 +140,7 @@ def read_f9(module: Module) -> Maker:
             module.context.note(
                 "Convolutions larger than 1x1: PEFT's training forward is not its merge; the merge formula is applied."
             )
-        return [Piece(LayerRotation("in", b, count, kind, terms, generator=sign * packed, constraint=limit))]
+        return [Piece(LayerRotation("in", b, count, kind, terms, generator=scaled(packed, sign), constraint=limit))]
 
     return make
 

@@ -94,7 +94,10 @@ def underscored(name: str) -> str:
 
 def unwrapped(name: str) -> str:
     """The name without what wrappers of models (`_orig_mod.`, `module.`, `pipe.dit.` ...) put into it, dotted or underscored."""
-    return _WRAPPERS.sub("", name)
+    # Most names have none of these, and there may be very many names.
+    if "module" in name or "_orig_mod" in name or "pipe" in name:
+        return _WRAPPERS.sub("", name)
+    return name
 
 
 def clean(module: str) -> str:

@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -74,7 +75,7 @@ def seeds() -> list[File]:
         with safe_open(path, "pt") as f:
             metadata = dict(f.metadata() or {})
         tensors = load_file(path)
-        modules = sorted({k.split(".oft_")[0].split(".boft_")[0] for k in tensors if "oft_" in k})[:6]
+        modules = sorted({re.split(r"\.b?oft_|_oft\.", k)[0] for k in tensors if "oft" in k})[:6]
         tensors = {k: t for k, t in tensors.items() if any(k.startswith(m) for m in modules)}
         config = case / "adapter_config.json"
         with safe_open(case / "base.safetensors", "pt") as f:
