@@ -59,8 +59,11 @@ TIPS = {
 }
 
 
-def _shown(applied: host.Applied, *values: Any) -> io.NodeOutput:
-    return io.NodeOutput(*values, applied.report, ui=ui.PreviewText(applied.report))
+def _shown(report: str, *values: Any, name: str | None = None) -> io.NodeOutput:
+    """The outputs and the report; name: of the file, as the graph has it."""
+    said = None if name is None else folders.other_name(name)
+    report = report if said is None else f"{report}\n{said}"
+    return io.NodeOutput(*values, report, ui=ui.PreviewText(report))
 
 
 class _Checked(io.ComfyNode):
@@ -113,7 +116,7 @@ class OFTLoad(_Checked):
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
         applied = host.apply(folders.read(oft_name), model, clip, at_model, at_clip, how.runtime)
-        return _shown(applied, applied.model, applied.clip)
+        return _shown(applied.report, applied.model, applied.clip, name=oft_name)
 
 
 class OFTLoadModelOnly(_Checked):
@@ -142,7 +145,7 @@ class OFTLoadModelOnly(_Checked):
         how = inputs.How(**how)
         at = how.at(strength_model)
         applied = host.apply(folders.read(oft_name), model, None, at, at, how.runtime)
-        return _shown(applied, applied.model)
+        return _shown(applied.report, applied.model, name=oft_name)
 
 
 class OFTLoadAdapter(_Checked):
@@ -177,8 +180,7 @@ class OFTLoadAdapter(_Checked):
     @classmethod
     def execute(cls, oft_name, **options: Any) -> io.NodeOutput:
         adapter = folders.read(oft_name, ReadOptions(**options))
-        text = describe(adapter).to_text()
-        return io.NodeOutput(adapter, text, ui=ui.PreviewText(text))
+        return _shown(describe(adapter).to_text(), adapter, name=oft_name)
 
 
 class OFTApply(_Checked):
@@ -213,7 +215,7 @@ class OFTApply(_Checked):
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
         applied = host.apply(adapter, model, clip, at_model, at_clip, how.runtime)
-        return _shown(applied, applied.model, applied.clip)
+        return _shown(applied.report, applied.model, applied.clip)
 
 
 NODES = (OFTLoad, OFTLoadModelOnly, OFTLoadAdapter, OFTApply)
