@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .errors import StrengthError
@@ -51,6 +52,13 @@ class Strength:
         object.__setattr__(self, "coft", coft_choice(self.coft))
 
 
+def limit_factor(norm: Tensor, limit: float | Tensor, smooth: bool) -> Tensor:
+    """Multiplier that brings a norm to a limit, as ``Constraint`` describes; shape of ``norm``."""
+    if smooth:
+        return (torch.clamp(norm, max=limit) + 1e-8) / (norm + 1e-8)
+    return (limit / norm.clamp_min(1e-30)).clamp_max(1.0)
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A limit on a norm of the generator: the generator is multiplied by ``factor``.
@@ -67,10 +75,7 @@ class Constraint:
 
     def factor(self, s: float = 1.0) -> Tensor:
         """Multiplier of the generator, shape of ``norm``, when the generator is scaled by s."""
-        norm = self.norm.double() * abs(s)
-        if self.smooth:
-            return (norm.clamp_max(self.limit) + 1e-8) / (norm + 1e-8)
-        return (self.limit / norm.clamp_min(1e-30)).clamp_max(1.0)
+        return limit_factor(self.norm.double() * abs(s), self.limit, self.smooth)
 
     def use(self) -> float:
         """Largest share of the radius that the stored generator takes; above 1 the limit is active."""

@@ -150,10 +150,8 @@ class LayerRotation:
         fault = None
         if self.generator is not None:
             size = self.lam_bound()
-            if size < LARGEST_LAM and size >= 1 and self.kind.startswith("neumann"):
-                # A series of n terms has powers up to n - 1 of what may be far above its range.
-                size = self.series_lam(Strength())
-                size = size if size < 1 else 10 ** min(math.log10(size) * (self.terms - 1), 300)
+            if self.kind.startswith("neumann") and not _power(size, self.terms) < LARGEST_LAM and size < LARGEST_LAM:
+                size = _power(self.series_lam(Strength()), self.terms)
             if not size < LARGEST_LAM:
                 fault = f"a generator of norm {self.lam_bound():.3g}"
         for what, numbers in (("factors", self.row_scale), ("factors", self.col_scale), ("a difference", self.added), ("matrices", self.matrix)):
@@ -201,7 +199,7 @@ class LayerRotation:
     def _limit(self, strength: Strength, device: torch.device | str) -> Tensor:
         """Multiplier of the raw generator before the strength, float64, broadcastable to (stages, stored)."""
         if strength.mode == "core":
-            return _core_constraint(self).factor().to(device)
+            return core_constraint(self).factor().to(device)
         one = torch.ones((), dtype=torch.float64, device=device)
         if strength.coft == "off" or self.kind == "matrix":
             return one
@@ -341,7 +339,7 @@ class LayerRotation:
         if self.core_alpha is None or self.row_scale is not None or self.col_scale is not None:
             return False
         own = torch.ones((), dtype=torch.float64) if self.constraint is None else self.constraint.factor()
-        return torch.allclose(own, _core_constraint(self).factor(), rtol=1e-6, atol=0.0)
+        return torch.allclose(own, core_constraint(self).factor(), rtol=1e-6, atol=0.0)
 
     def check_strength(self, strength: Strength, *, module: str | None = None, file: str | None = None) -> None:
         """Raises StrengthError where the mode is not defined for this layer at this strength."""
@@ -669,6 +667,11 @@ def powered(factors: Tensor | None, s: float) -> Tensor | None:
     return torch.where(factors > 0, factors.clamp(1e-15, 1e15).pow(s), 1 + s * (factors - 1))
 
 
+def _power(lam: float, terms: int) -> float:
+    """Size of the largest term of a series, which has powers of lam up to terms - 1; bounded."""
+    return lam if lam < 1 or lam > 1e300 else 10 ** min(math.log10(lam) * (terms - 1), 300)
+
+
 def _too_large(what: str, numbers: Tensor) -> str | None:
     """What is wrong with factors, differences or matrices that no weight can take; None if nothing is."""
     low, high = (float(x) for x in torch.aminmax(numbers)) if numbers.numel() else (0.0, 0.0)
@@ -688,7 +691,7 @@ def _portions(flat: Tensor, block: int) -> list[Tensor]:
     return list(flat.split(_part_size(block, flat.device)))
 
 
-def _core_constraint(layer: LayerRotation) -> Constraint:
+def core_constraint(layer: LayerRotation) -> Constraint:
     """ComfyUI's limit: the norm of all blocks against the raw alpha; zero or absent alpha means none."""
     alpha = layer.core_alpha
     norm = (layer.generator if layer.of_layer is None else layer.of_layer).double().norm() * 2**0.5

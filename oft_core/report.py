@@ -7,20 +7,14 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-import torch
-
 from .adapter import Adapter, Binding
 from .constraint import Strength
 from .errors import printable
 from .formats import DIALECTS
 from .layer import Diff, LayerRotation
+from .measure import measure
 from .names import guess_family
-from .rotation import lambdas, orthogonality_error, transform, unpack_skew
 
-#: Above this many numbers times block size, every plane's angle would take minutes; angles are then estimated (marked "about").
-_EXACT_WORK = 10**10
-#: Blocks that an estimate looks at: the strongest one of as many layers.
-_STRONGEST = 16
 _TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger", "trigger_words", "ss_trigger", "instance_prompt")
 _SHOWN_METADATA = (
     "ss_output_name", "ss_base_model_version", "ss_sd_model_name", "ss_network_module", "ss_network_dim", "ss_network_alpha",
@@ -43,7 +37,9 @@ class ComponentReport:
 class Report:
     """All that is known about an adapter, and about its use if it was bound to a model.
 
-    Angles in degrees, at strength 1 with the limits of ``coft``. orthogonality_error: max |M^T M - I| over all blocks at strength 1.
+    Angles in degrees, at strength 1 with the limits of ``coft``. angles_estimated: the largest is that of the strongest blocks only (of
+    very large files); mean_estimated: the mean is from a sample of the blocks (of most full-size files). orthogonality_error: upper
+    bound of |M^T M - I| over the entries of all blocks at strength 1; measured where finished matrices are stored.
     radius_in_use: largest stored generator norm over its limit; above 1 the limit is active; None without a limit, or if it is 0.
     """
 
@@ -59,6 +55,7 @@ class Report:
     max_angle: float | None
     mean_angle: float | None
     angles_estimated: bool
+    mean_estimated: bool
     orthogonality_error: float | None
     constraint: str | None
     radius_in_use: float | None
@@ -93,11 +90,11 @@ class Report:
                 lines.append(f"{label}: {part.matched} of {part.layers} layers applied")
         sizes = ", ".join(f"{b} ({n})" for b, n in sorted(self.block_sizes.items()))
         lines.append(f"Blocks on the {self.side} side; block sizes (layers): {sizes or 'none'}")
-        about = "about " if self.angles_estimated else ""
+        about, mean_about = ("about " if rough else "" for rough in (self.angles_estimated, self.mean_estimated))
         if self.max_angle is not None:
-            lines.append(f"Largest angle {about}{self.max_angle:.2f}°, mean {about}{self.mean_angle:.2f}°.")
+            lines.append(f"Largest angle {about}{self.max_angle:.2f}°, mean {mean_about}{self.mean_angle:.2f}°.")
         if self.orthogonality_error is not None:
-            lines.append(f"Orthogonality error {about}{self.orthogonality_error:.1e}.")
+            lines.append(f"Orthogonality error {about or 'at most '}{self.orthogonality_error:.1e}.")
         if self.constraint is not None:
             active = f"active in {self.limits_active} layers" if self.limits_active else "not active"
             used = "a radius of 0" if self.radius_in_use is None else f"{100 * self.radius_in_use:.0f} % of the radius in use at most"
@@ -114,18 +111,15 @@ class Report:
 
 
 def describe(adapter: Adapter, binding: Binding | None = None, strength: Strength | None = None) -> Report:
-    """Facts about a file, and with ``binding`` about its place in a model. Takes seconds for large files: every angle is computed."""
+    """Facts about a file, and with ``binding`` about its place in a model. Takes less work than building its rotations."""
     operations = _operations(adapter, binding)
-    rotations = [op for ops in operations.values() for op in ops if isinstance(op, LayerRotation)]
+    rotations = [(m, op) for m, ops in operations.items() for op in ops if isinstance(op, LayerRotation)]
+    modules, rotations = [m for m, _ in rotations], [op for _, op in rotations]
     warnings: list[str] = []
-    measures = _measure(rotations, strength)
-    top = measures.top
+    measures = measure(rotations, strength)
     limits = [r.constraint for r in rotations if r.constraint is not None]
     uses = [c.use() for c in limits]
-    diverging = [
-        m for m, ops in operations.items() for op in ops
-        if isinstance(op, LayerRotation) and op.kind.startswith("neumann") and op.lam_bound() >= 1 and _lam(op, strength) >= 1
-    ]
+    diverging = list(dict.fromkeys(modules[i] for i in measures.diverging))
     if diverging:
         warnings.append(
             f"The Neumann series diverges in {len(diverging)} layers (e.g. {diverging[0]}): broken in its own trainer too; "
@@ -136,12 +130,10 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         warnings.append(f"{len(binding.unmatched)} layers found no place in this model, e.g. {first}")
     if binding is not None:
         warnings += _misplaced(binding)
-    warnings += _untrained(adapter, rotations, top)
-    if strength is not None and strength.mode != "linear" and top is not None:
-        if measures.estimated or strength.mode == "core":
-            reach = _reach(top, strength, held=any(u > 1 for u in uses))
-        else:
-            reach = math.degrees(max(r.reach(strength) for r in rotations))
+    if measures.top is not None and not (strength is not None and isinstance(strength.coft, float)):  # a limit of the user's is no training
+        warnings += _untrained(adapter, rotations, math.degrees(measures.top))
+    if strength is not None and strength.mode != "linear" and measures.reach is not None:
+        reach = math.degrees(measures.reach)
         if reach > 120:
             warnings.append(f"At this strength planes turn by up to {reach:.0f}°; above 120° pictures tend to break.")
     if any(r.row_scale is not None and not r.norm_of and float(r.row_scale.min()) <= 0 for r in rotations):
@@ -153,7 +145,9 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         file=adapter.name, dialect=adapter.dialect, title=adapter.title, reason=adapter.reason,
         side="input" if sides == {True} else "output", layers=len(adapter.entries), components=_components(adapter, binding),
         block_sizes=dict(Counter(r.block for r in rotations)), kinds=sorted({r.kind for r in rotations}),
-        max_angle=top, mean_angle=measures.mean, angles_estimated=measures.estimated, orthogonality_error=measures.error,
+        max_angle=None if measures.top is None else math.degrees(measures.top),
+        mean_angle=None if measures.mean is None else math.degrees(measures.mean),
+        angles_estimated=measures.top_estimated, mean_estimated=measures.mean_estimated, orthogonality_error=measures.error,
         constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses and max(uses) < math.inf else None,
         limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
         base_model=_base_model(adapter), trigger_words=_triggers(adapter),
@@ -181,10 +175,8 @@ def _misplaced(binding: Binding) -> list[str]:
     return out
 
 
-def _untrained(adapter: Adapter, rotations: list[LayerRotation], top: float | None) -> list[str]:
+def _untrained(adapter: Adapter, rotations: list[LayerRotation], top: float) -> list[str]:
     """Plain words for a training that taught nothing or diverged. top: largest angle at strength 1 in degrees."""
-    if top is None:
-        return []
     others = any(r.row_scale is not None or r.col_scale is not None or r.added is not None for r in rotations)
     others = others or any(e.dialect == "F5d" for e in adapter.entries.values())
     if top == 0 and not others:
@@ -219,67 +211,6 @@ def _components(adapter: Adapter, binding: Binding | None) -> dict[str, Componen
             else:
                 part.unmatched.append(name)
     return dict(sorted(out.items(), key=lambda item: list(_NAMES).index(item[0])))
-
-
-def _lam(r: LayerRotation, strength: Strength | None) -> float:
-    coft = "file" if strength is None else strength.coft
-    limit = r._limit(Strength(1.0, "rotation", coft), "cpu")
-    return float((r.largest_lam() * limit).max())
-
-
-@dataclass(frozen=True)
-class _Measures:
-    """Angles in degrees and orthogonality error; estimated: from the strongest blocks and the norms of all."""
-
-    top: float | None = None
-    mean: float | None = None
-    estimated: bool = False
-    error: float | None = None
-
-
-def _measure(rotations: list[LayerRotation], strength: Strength | None) -> _Measures:
-    if not rotations:
-        return _Measures()
-    if sum(r.stages * r.stored * r.block**3 for r in rotations) > _EXACT_WORK:
-        heavy = [r for r in rotations if r.kind != "matrix"]
-        return _estimate(heavy, strength) if heavy else _Measures()
-    angles = torch.cat([r.angles(strength).flatten() for r in rotations])
-    error = max(r.orthogonality_error() for r in rotations)
-    return _Measures(math.degrees(float(angles.max())), math.degrees(float(angles.mean())), False, error)
-
-
-def _estimate(rotations: list[LayerRotation], strength: Strength | None) -> _Measures:
-    """For files whose planes would take minutes: the mean from the root mean square of lam, the rest from the strongest blocks."""
-    # Degrees as a limit would need every plane's lam; the file's own limit is close enough here.
-    coft = "off" if strength is not None and strength.coft == "off" else "file"
-    total, planes = 0.0, 0
-    strongest: list[tuple[float, int, int]] = []
-    scaled: list[torch.Tensor] = []
-    for i, r in enumerate(rotations):
-        limit = r._limit(Strength(1.0, "rotation", coft), "cpu").expand(r.stages, r.stored)
-        packed = (r.generator.double() * limit.unsqueeze(-1)).flatten(0, 1)
-        rms = (2 * packed.square().sum(-1) / r.block).sqrt()
-        total += float(transform(r.kind, r.terms).angle(rms).sum()) * r.block
-        planes += rms.numel() * r.block
-        best = int(rms.argmax())
-        strongest.append((float(rms[best]), i, r.block))
-        scaled.append(packed[best])
-    top = error = 0.0
-    for _, i, block in sorted(strongest, reverse=True)[:_STRONGEST]:
-        kind = transform(rotations[i].kind, rotations[i].terms)
-        q = unpack_skew(scaled[i], block)
-        top = max(top, float(kind.angle(lambdas(q)).max()))
-        error = max(error, float(orthogonality_error(kind.matrix(q).float().double())))
-    return _Measures(math.degrees(top), math.degrees(total / planes), True, error)
-
-
-def _reach(top: float, strength: Strength, held: bool) -> float:
-    """Largest angle in degrees at a strength, from that at strength 1.   held: whether a limit of the file is reached there."""
-    s = abs(strength.value)
-    if strength.coft == "hold" and held:
-        return top
-    reach = s * top if strength.mode == "geodesic" else math.degrees(2 * math.atan(s * math.tan(math.radians(min(top, 179.9)) / 2)))
-    return min(reach, strength.coft) if isinstance(strength.coft, float) else reach
 
 
 def _base_model(adapter: Adapter) -> str:

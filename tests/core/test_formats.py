@@ -541,7 +541,7 @@ def test_hostile_names_and_metadata_are_shown_harmlessly() -> None:
 def test_estimated_measures_are_close(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, kw = SAMPLES[dialect]
     exact = describe(read_tensors(tensors, **kw))
-    monkeypatch.setattr("oft_core.report._EXACT_WORK", 0)
+    monkeypatch.setattr("oft_core.measure.EXACT_WORK", 0)
     rough = describe(read_tensors(tensors, **kw))
     assert rough.angles_estimated and not exact.angles_estimated and "about" in rough.to_text()
     assert rough.max_angle == pytest.approx(exact.max_angle, rel=0.2)
