@@ -175,10 +175,8 @@ def subjects(setup: Setup, section: Section) -> list[tuple[str, Callable[[], Sub
 
     def unet(pixels: int) -> Subject:
         if setup.host_dir:
-            try:
+            with section.fence("ComfyUI's UNet; its transformer blocks' shapes instead"):
                 return train_step.sd15(setup.host_dir, pixels, dtype, device)
-            except ImportError as error:
-                section.notices.append(f"ComfyUI's UNet cannot be imported ({error}); its transformer blocks' shapes instead")
         return stack("SD1.5 transformer blocks", SD15, pixels, 1, dtype, device)
 
     out = [
