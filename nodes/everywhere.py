@@ -256,6 +256,11 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             keys_of = comfy.lora.model_lora_keys_clip if for_text else comfy.lora.model_lora_keys_unet
             with left_to_comfyui():
                 loaded = comfy.lora.load_lora(rest, keys_of(model.model, {}), log_missing=False)
+            if loaded and (why_not := runtime.weights_out_of_reach(model)) is not None:
+                raise AdapterError(
+                    "A hook cannot apply the other tensors of this file in this model", file=adapter.path,
+                    module=next(iter(rest)), found=why_not, hint=runtime.HOOK_WAY_OUT,
+                )
             model.add_hook_patches(hook=self, patches=loaded, strength_patch=at.value)
         registered.add(self)
         return True

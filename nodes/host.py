@@ -221,13 +221,27 @@ def patched(
 
 
 def add_hook_patches(hook: Any, side: Side, placed: Iterable[tuple[Patch, Strength]]) -> list[Keeper]:
-    """Give a hook its patches for a side; returns what must live as long as they do."""
+    """Give a hook its patches for a side; returns what must live as long as they do.
+
+    Quantised layers, whose weights ComfyUI's hooks cannot change or would round again, have their activations turned
+    while the hook is in force. Raises what `runtime.plan_for_hook` raises.
+    """
+    plan = runtime.plan_for_hook(side.patcher, placed, side.words)
     keepers = []
-    for at, patches in _by_strength((patch, at) for patch, at in placed if at.value != 0).items():
+    for at, patches in _by_strength(plan.weights).items():
         dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
         for patch_dict in dictionaries:
             side.patcher.add_hook_patches(hook=hook, patches=patch_dict, strength_patch=at.value)
         keepers.append(keeper)
+    factor, entries = runtime.HookFactor(hook.hook_ref, side.patcher.model), []
+    for at, patches in _by_strength(plan.live).items():
+        objects, keeper = patch_objects(side, patches, at.mode, at.coft)
+        entries += [Entry(patch, at, made, factor) for patch, made in objects]
+        keepers.append(keeper)
+    if entries:
+        log.info("OFT: a hook turns activations of %d layers while it is in force.", len({e.patch.key for e in entries}))
+        application = runtime.HookApplication(entries, side.patcher, keepers, hook.hook_ref)
+        runtime.hang_on(side.patcher, application, stays=side.name == "clip")
     return keepers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_patcher
@@ -91,6 +91,23 @@ def patchable(module: Any) -> bool:
     if weight is None:
         return True
     return weight.is_floating_point() and type(weight).__module__.partition(".")[0] != "bitsandbytes"
+
+
+def hookable(module: Any) -> bool:
+    """Whether ComfyUI's hooks, which copy weights to and fro as plain numbers, can change the layer's weight."""
+    weight = getattr(module, "weight", None)
+    plain = gguf_type(weight) is None and not _keeps_numbers_its_own_way(type(weight))
+    return weight is None or (plain and patchable(module))
+
+
+def nameless(model: nn.Module, state: Iterable[str]) -> str | None:
+    """A name of the model's state that no parameter has, such as a scale; None where every name has one."""
+    for key in state:
+        try:
+            comfy.model_patcher.get_key_weight(model, key)
+        except AttributeError:
+            return key
+    return None
 
 
 def logical_shape(model: nn.Module, key: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -23,14 +23,14 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from torch import nn
 
 from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
-from .layers import CONV, EMBEDDING, kind_of, layer_of, patchable, stored_as
+from .layers import CONV, EMBEDDING, gguf_type, hookable, kind_of, layer_of, nameless, patchable, stored_as
 from .turned import Entry, TurnedLayer
 
 log = logging.getLogger("oft")
 
 AUTO, WEIGHTS, ACTIVATIONS = "auto", "weights", "activations"
 RUNTIMES = (AUTO, WEIGHTS, ACTIVATIONS)
-CALLBACKS, MERGING = "oft_runtime", "oft_merging"
+CALLBACKS, MERGING, HOOKED = "oft_runtime", "oft_merging", "oft_hooked"
 _MISSING = object()
 _count = itertools.count(1)
 
@@ -124,6 +124,44 @@ def plan(model: nn.Module, placed: Iterable[tuple[Patch, Strength]], runtime: st
     return Plan([e for e in placed if e[0].key not in live], [e for e in placed if e[0].key in live], notes)
 
 
+def plan_for_hook(patcher: Any, placed: Iterable[tuple[Patch, Strength]], words: str) -> Plan:
+    """As `plan`, for patches that a hook puts on and takes off while sampling. Raises AdapterError.
+
+    Where ComfyUI can change no weight for a hook, as in GGUF models, all that can be turned is.
+    """
+    why_not = weights_out_of_reach(patcher)
+    made = plan(patcher.model, placed, AUTO if why_not is None else ACTIVATIONS, words)
+    for patch, _ in made.weights:
+        module, leaf = layer_of(patcher.model, patch.key)
+        if why_not is not None or (leaf == "weight" and not hookable(module)):
+            stored = stored_as(module) if leaf == "weight" else None
+            raise AdapterError(
+                "A hook cannot make this change in this model",
+                module=patch.module,
+                found=why_not or f"a weight stored as {stored}",
+                expected="weights that ComfyUI's hooks can patch, or a change that activations can have",
+                hint=HOOK_WAY_OUT,
+            )
+    return made
+
+
+HOOK_WAY_OUT = (
+    "Use Load OFT, or OFT Schedule with Apply OFT, which act on all conditionings; or a version of the model that is "
+    "not quantised."
+)
+
+
+def weights_out_of_reach(patcher: Any) -> str | None:
+    """Why ComfyUI can patch none of a model's weights for hooks, in words; None where it can."""
+    if getattr(patcher, "is_dynamic", lambda: False)():
+        return "a model in dynamic VRAM, for which ComfyUI has no weight hooks"
+    if any(gguf_type(p) is not None for p in patcher.model.parameters()):
+        return "a GGUF model, whose tensors are not plain numbers"
+    # ComfyUI collects the weights of all names first.
+    key = nameless(patcher.model, patcher.model_state_dict())
+    return None if key is None else f"a quantised model whose weights hooks cannot read ({key})"
+
+
 # --- one application of a file ------------------------------------------------------------------------------
 
 
@@ -149,15 +187,75 @@ class Application(PatcherInjection):
         return any(p[1] is entry.as_weight for p in patches for entry in self.layers[key])
 
 
+class HookFactor:
+    """The factor of a hook on its changes: its strength while it is in force for the patcher in use, else 0."""
+
+    comes_back = True
+
+    def __init__(self, hook_ref: Any, model: nn.Module):
+        self.hook_ref, self.model = hook_ref, weakref.ref(model)
+
+    @property
+    def now(self) -> float:
+        live = _current.get(self.model())
+        patcher = None if live is None else live.owner()
+        hooks = getattr(getattr(patcher, "current_hooks", None), "hooks", ())
+        # The reference is one for all clones of a hook.
+        return next((float(hook.strength) for hook in hooks if hook.hook_ref is self.hook_ref), 0.0)
+
+
+class HookApplication(Application):
+    """What a hook does to activations. It is not part of the model: no save, merge or later patch knows of it."""
+
+    def __init__(self, entries: Iterable[Entry], patcher: Any, keeps: Sequence[Any], hook_ref: Any):
+        super().__init__(entries, patcher, (*keeps, hook_ref))
+        self.key = f"oft hook:{id(hook_ref)}"  # one for a hook, however often it is registered
+
+
+def hang_on(patcher: Any, application: HookApplication, stays: bool) -> None:
+    """Add a hook's application to the patcher that the hook is registered with.
+
+    stays: as ComfyUI has it for text encoders; else it is taken off when ComfyUI takes off the hooks' patches.
+    """
+    with patcher.use_ejected():
+        patcher.set_injections(application.key, [application])
+    if not patcher.get_callbacks(CallbacksMP.ON_CLONE, HOOKED):
+        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, HOOKED, _not_injected)
+        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, HOOKED, _on_detach)
+    if not stays:
+        owner = weakref.ref(patcher)
+
+        def restore_hook_patches() -> None:
+            me = owner()
+            del me.restore_hook_patches
+            _take_off_hooks(me)
+            me.restore_hook_patches()
+
+        patcher.restore_hook_patches = restore_hook_patches
+
+
+def _take_off_hooks(patcher: Any) -> None:
+    with patcher.use_ejected():
+        for application in applications(patcher):
+            if isinstance(application, HookApplication):
+                patcher.remove_injections(application.key)
+    _lives.pop(patcher, None)
+
+
 def applications(patcher: Any) -> list[Application]:
     """The patcher's applications, in the order in which they act."""
     return [i for group in patcher.injections.values() for i in group if isinstance(i, Application)]
 
 
-def live_entries(patcher: Any) -> dict[str, list[Entry]]:
-    """Parameter key -> changes that are made on activations, in order."""
+def lasting(patcher: Any) -> list[Application]:
+    """Those of the patcher's applications that belong to the model."""
+    return [a for a in applications(patcher) if not isinstance(a, HookApplication)]
+
+
+def live_entries(patcher: Any, hooks: bool = False) -> dict[str, list[Entry]]:
+    """Parameter key -> changes that are made on activations, in order. hooks: those of hooks too, in force or not."""
     out: dict[str, list[Entry]] = {}
-    for application in applications(patcher):
+    for application in applications(patcher) if hooks else lasting(patcher):
         for key, entries in application.layers.items():
             if not application.in_weights(key, patcher.patches.get(key, ())):
                 out.setdefault(key, []).extend(entries)
@@ -185,10 +283,14 @@ def watch_merging(patcher: Any) -> None:
     _guard_merging(None, patcher)
 
 
-def _on_clone(_: Any, patcher: Any) -> None:
+def _not_injected(_: Any, patcher: Any) -> None:
     # ComfyUI copies this flag although the clone has injected nothing; it would then inject while another
     # clone is loaded, or take that clone's injections away when it is dropped.
     patcher.is_injected = False
+
+
+def _on_clone(_: Any, patcher: Any) -> None:
+    _not_injected(None, patcher)
     if not isinstance(patcher.patches, OrderedPatches):
         patcher.patches = OrderedPatches(patcher.patches, patcher)
     _guard_saving(patcher)
@@ -209,7 +311,7 @@ class OrderedPatches(dict):
     def __setitem__(self, key: str, patches: list[tuple]) -> None:
         patcher = self._patcher()
         if patcher is not None:
-            patches = _in_order(key, patches, applications(patcher))
+            patches = _in_order(key, patches, lasting(patcher))
         super().__setitem__(key, patches)
 
     def __reduce__(self) -> tuple:
@@ -300,7 +402,7 @@ class _Live:
         self.model = weakref.ref(patcher.model)
         self.of = _signature(patcher)
         self.layers = []
-        for key, entries in live_entries(patcher).items():
+        for key, entries in live_entries(patcher, hooks=True).items():
             module, _ = layer_of(patcher.model, key)
             rows = getattr(module, "out_features", None) or module.weight.shape[0]
             self.layers.append(TurnedLayer(module, entries, rows, functools.partial(_weight_state, self.owner, key)))
@@ -368,7 +470,7 @@ _current: weakref.WeakKeyDictionary[nn.Module, _Live] = weakref.WeakKeyDictionar
 
 
 def _signature(patcher: Any) -> tuple:
-    return tuple((key, tuple(map(id, entries))) for key, entries in live_entries(patcher).items())
+    return tuple((key, tuple(map(id, entries))) for key, entries in live_entries(patcher, hooks=True).items())
 
 
 def _inject(patcher: Any) -> None:
@@ -412,7 +514,7 @@ def _on_detach(patcher: Any, *_: Any) -> None:
 
 def _tell_about_order(patcher: Any) -> None:
     late = []
-    for a in applications(patcher):
+    for a in lasting(patcher):
         for key in a.layers:
             patches = patcher.patches.get(key, ())
             if len(patches) > a.after[key] and not a.in_weights(key, patches):

@@ -126,7 +126,7 @@ class OFTHook(comfy.hooks.WeightHook):
     def add_hook_patches(self, model: Any, model_options: dict, target_dict: dict, registered: Any) -> bool:
         """Register the patches for a diffusion model or for text encoders, as ComfyUI's hooks do.
 
-        Raises what `host.place` raises.
+        Raises what `host.place` and `host.add_hook_patches` raise.
         """
         if not self.should_register(model, model_options, target_dict, registered):
             return False

@@ -32,6 +32,8 @@ _lock = threading.Lock()
 class Track:
     """One application of a scheduled adapter: `now` is the factor on its strength at this moment."""
 
+    comes_back = False
+
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self.token = next(_counter)

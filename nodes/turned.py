@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.ops
 import torch
@@ -16,20 +17,31 @@ from ..oft_core.activations import Change, Pipeline, arriving_delta, map_vectors
 from ..oft_core.adapter import apply_swapped_
 from . import cache
 from .layers import CONV, EMBEDDING, LINEAR, answers, gguf_type, kind_of
-from .track import Track
+
+# States of one layer that are kept beside each other where hooks take turns.
+KEPT_STATES = 4
+
+
+class Factor(Protocol):
+    """What multiplies a strength: `now`. comes_back: whether earlier values return soon, as those of hooks do."""
+
+    comes_back: bool
+
+    @property
+    def now(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One change of one layer: what and how strongly, and the same as a weight patch of ComfyUI.
 
-    follows: the track whose factor multiplies the strength, None for a strength that stays.
+    follows: what multiplies the strength, a schedule's track or a hook; None for a strength that stays.
     """
 
     patch: Patch
     full: Strength
     as_weight: Any
-    follows: Track | None = None
+    follows: Factor | None = None
 
     @property
     def at(self) -> Strength:
@@ -46,8 +58,8 @@ class Entry:
         return torch.cat([norm[half:], norm[:half]])
 
     def built(self, device: torch.device) -> Any:
-        """The rotation's matrices on a device, None for a difference."""
-        if isinstance(self.patch.op, Diff):
+        """The rotation's matrices on a device, None for a difference and at strength 0."""
+        if isinstance(self.patch.op, Diff) or self.at.value == 0:
             return None
         _, token, place, *_ = self.as_weight.weights[2]
         return cache.rotation(token, place, self.at, device, self.patch.op, self.patch.module)
@@ -69,8 +81,8 @@ class TurnedLayer:
         self.kind = kind_of(module, "weight")
         packed_bias = gguf_type(getattr(module, "bias", None)) is not None
         self.whole_kernel = self.kind == CONV and (packed_bias or any(map(self._turns_kernel, self.entries)))
-        self.made: dict[torch.device, Any] = {}
-        self.made_for: tuple = ()
+        self.made: OrderedDict[tuple, dict[torch.device, Any]] = OrderedDict()
+        self.kept = KEPT_STATES if any(e.follows is not None and e.follows.comes_back for e in self.entries) else 1
 
     def _turns_kernel(self, entry: Entry) -> bool:
         """Convolutions where the pixels under the kernel are rotated together, not each one's channels."""
@@ -81,6 +93,8 @@ class TurnedLayer:
         return not pointwise and (op.side == "in" or op.col_scale is not None)
 
     def __call__(self, original: Callable, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        if all(e.at.value == 0 for e in self.entries):
+            return original(x, *args, **kwargs)
         if hasattr(x, "_qdata"):  # a quantised input of ComfyUI's
             x = x.dequantize()
         device = x.device.type
@@ -109,12 +123,16 @@ class TurnedLayer:
 
     def _prepared(self, device: torch.device, make: Callable[[torch.device], Any]) -> Any:
         now = (*(e.at.value for e in self.entries), self.weight_state())
-        if now != self.made_for:  # a schedule has moved on; what was made for another strength is not kept
-            self.made, self.made_for = {}, now
-        if device not in self.made:
+        if now not in self.made:  # a schedule has moved on, or another hook has its turn
+            while len(self.made) >= self.kept:
+                self.made.popitem(last=False)
+            self.made[now] = {}
+        self.made.move_to_end(now)
+        made = self.made[now]
+        if device not in made:
             with torch.inference_mode(False), torch.no_grad():
-                self.made[device] = make(device)
-        return self.made[device]
+                made[device] = make(device)
+        return made[device]
 
     def _table_terms(self, device: torch.device) -> list:
         return [terms_of(e.patch.op, e.at, e.built(device), e.base_norm, device) for e in self.entries]

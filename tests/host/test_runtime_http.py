@@ -332,14 +332,21 @@ def test_fp8_models(
     assert "fp8" in said and "activations of" in said and "saved checkpoint" in said, said
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
-def test_gguf_models(client: Client, host: ComfyServer, oft_dir: Path, family: str) -> None:
+def packed_file(client: Client, host: ComfyServer, oft_dir: Path, family: str) -> str:
+    """An adapter for the family's packed model."""
     g = Graph()
     g.Tiny_SaveWeights(pattern=".", filename="packed_weights", model=tiny_parts(g, family).model)
     client.run(g)
     modules = modules_of(shapes_in(host.output / "packed_weights.safetensors"), "diffusion_model.")
     name = f"runtime/packed_{family}.safetensors"
+    (oft_dir / "runtime").mkdir(exist_ok=True)
     save_file(make_oft(modules, SIDES[family]), oft_dir / name)
+    return name
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_gguf_models(client: Client, host: ComfyServer, oft_dir: Path, family: str) -> None:
+    name = packed_file(client, host, oft_dir, family)
     plain = picture(client, family, parts=packed)
     auto, merged = (picture(client, family, oft(name, 1.0, how), packed) for how in (None, "weights"))
     assert far(auto, merged) <= 2 and far(auto, plain) > 3
@@ -347,6 +354,40 @@ def test_gguf_models(client: Client, host: ComfyServer, oft_dir: Path, family: s
     assert re.search(r"activations of \d+ layers are turned \(\d+ GGUF Q\d", said), said
     assert "cannot save GGUF" in said and "set runtime" not in said, said
     assert "unpacked and patched in every step" in report(client, family, name, packed, runtime="weights")
+
+
+def hooked(client: Client, family: str, name: str, parts, on: str = "both", strength: float = 0.9) -> np.ndarray:
+    """A picture with the file as ComfyUI's hook on its conditionings."""
+    g = Graph()
+    made = parts(g, family)
+    preview = text_to_image(g, made, family)
+    adapter = g.OFT_LoadAdapter(oft_name=name)
+    hooks = g.OFT_Hook(adapter=adapter, strength_model=strength, strength_clip=strength)[0]
+    sampler = next(n for n in g.nodes.values() if n.class_type == "KSampler")
+    for which in ("positive", "negative"):
+        if on in ("both", which):
+            more = {"strength": 1.0, "set_cond_area": "default", "hooks": hooks}
+            node = g.ConditioningSetProperties(cond_NEW=sampler.inputs[which], **more)
+            sampler.set(**{which: node[0]})
+    return client.run(g).image(preview).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["GGUF", "fp8"])
+def test_hooks_on_quantised_models(
+    client: Client, host: ComfyServer, oft_dir: Path, files: dict[str, str], kind: str
+) -> None:
+    """On both conditionings a hook is the loaded file; it is not rounded, and nothing of it stays."""
+    if kind == "fp8":
+        name, parts = files["sd3"], unet("tiny_sd3.safetensors", "fp8_e4m3fn")
+    else:
+        name, parts = packed_file(client, host, oft_dir, "sd3"), packed
+    plain = picture(client, "sd3", parts=parts)
+    loaded = picture(client, "sd3", oft(name, 0.9, "activations"), parts)
+    assert far(loaded, plain) > 3
+    assert far(hooked(client, "sd3", name, parts), loaded) <= 1
+    positive = hooked(client, "sd3", name, parts, "positive")
+    assert min(far(positive, plain), far(positive, loaded)) > 1
+    assert (picture(client, "sd3", parts=parts) == plain).all()
 
 
 # --- saving -------------------------------------------------------------------------------------------------
