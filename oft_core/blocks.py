@@ -1,13 +1,17 @@
 """Multiply a weight or activations by block-diagonal (or butterfly) matrices, in place, block by block.
 
-No full-size delta and no full-size copy is made: the largest temporaries are two chunks of ``chunk_size`` float32 numbers, or, for
-butterfly products, slabs of whole vectors of that size. One rounding to the weight's dtype at the end.
+No full-size delta and no full-size copy is made: the largest temporaries are two chunks of ``chunk_size`` float32 numbers a thread, or,
+for butterfly products, slabs of whole vectors of that size. One rounding to the weight's dtype at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from .threads import spread
 
 
 def butterfly_permutation(family: str, stage: int, block: int, size: int, device: torch.device | str = "cpu") -> Tensor | None:
@@ -119,15 +123,17 @@ def _rows_(flat: Tensor, m: Tensor) -> None:
     group = max(1, min(n, chunk // (b * width)))
     m = m.expand(n, b, b)
     view = flat.unflatten(0, (n, b))
-    out, stage = _buffers(flat, group * b * width)
-    for k in range(0, n, group):
-        g = min(group, n - k)
-        for j in range(0, c, width):
-            w = min(width, c - j)
+
+    def work(pieces: Iterator[tuple[int, int]]) -> None:
+        out, stage = _buffers(flat, group * b * width)
+        for k, j in pieces:
+            g, w = min(group, n - k), min(width, c - j)
             part, result = view[k : k + g, :, j : j + w], out[: g * b * w].view(g, b, w)
             source = part if stage is None else stage[: g * b * w].view(g, b, w).copy_(part)
             torch.bmm(m[k : k + g], source, out=result)
             store_(part, result)
+
+    spread(work, [(k, j) for k in range(0, n, group) for j in range(0, c, width)], flat.device)
 
 
 def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
@@ -140,11 +146,11 @@ def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
     group = max(1, min(n, chunk // (height * b)))
     mt = m.transpose(-1, -2).contiguous().expand(n, b, b)
     view = flat.unflatten(1, (n, b)).transpose(0, 1)
-    out, stage = _buffers(flat, height * group * b)
-    for i in range(0, r, height):
-        h = min(height, r - i)
-        for k in range(0, n, group):
-            g = min(group, n - k)
+
+    def work(pieces: Iterator[tuple[int, int]]) -> None:
+        out, stage = _buffers(flat, height * group * b)
+        for i, k in pieces:
+            h, g = min(height, r - i), min(group, n - k)
             part, result = view[k : k + g, i : i + h], out[: g * h * b].view(g, h, b)
             # The stage keeps the weight's own order, so that both conversions run along memory.
             source = part if stage is None else stage[: g * h * b].view(h, g, b).transpose(0, 1).copy_(part)
@@ -153,10 +159,12 @@ def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
                 result.mul_(rows[i : i + h].view(1, -1, 1))
             store_(part, result)
 
+    spread(work, [(i, k) for i in range(0, r, height) for k in range(0, n, group)], flat.device)
+
 
 def chunk_size(device: torch.device) -> int:
-    """Numbers in one float32 chunk: 512 KiB a thread on a CPU, so that it stays in cache; 64 MiB elsewhere, to save kernel launches."""
-    return (1 << 17) * min(torch.get_num_threads(), 4) if device.type == "cpu" else 1 << 24
+    """Numbers in one float32 chunk: 512 KiB on a CPU, so that it stays in a core's cache; 64 MiB elsewhere, to save kernel launches."""
+    return 1 << 17 if device.type == "cpu" else 1 << 24
 
 
 def _buffers(weight: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -173,18 +181,22 @@ def _general_(
     axis = 0 if side == "out" else 1
     size, other = flat.shape[axis], flat.shape[1 - axis]
     step = max(1, chunk_size(flat.device) // size)
-    for i in range(0, other, step):
-        part = flat.narrow(1 - axis, i, min(step, other - i))
-        source = part.float()
-        work = _scaled(source, rows, cols, axis, i) if inverse else source
-        work = work if axis == 0 else work.t()
-        for k, m in enumerate(stages):
-            index = None if permutations is None else permutations[k]
-            work = rotate(work, m, index)
-        work = work if axis == 0 else work.t()
-        if not inverse:
-            work = _scaled(work, rows, cols, axis, i)
-        store_(part, work if mix is None else torch.lerp(source, work, mix))
+
+    def work(starts: Iterator[int]) -> None:
+        for i in starts:
+            part = flat.narrow(1 - axis, i, min(step, other - i))
+            source = part.float()
+            work = _scaled(source, rows, cols, axis, i) if inverse else source
+            work = work if axis == 0 else work.t()
+            for k, m in enumerate(stages):
+                index = None if permutations is None else permutations[k]
+                work = rotate(work, m, index)
+            work = work if axis == 0 else work.t()
+            if not inverse:
+                work = _scaled(work, rows, cols, axis, i)
+            store_(part, work if mix is None else torch.lerp(source, work, mix))
+
+    spread(work, range(0, other, step), flat.device)
 
 
 def _scaled(x: Tensor, rows: Tensor | None, cols: Tensor | None, axis: int, start: int) -> Tensor:
