@@ -1,6 +1,6 @@
 """Multiply a weight or activations by block-diagonal (or butterfly) matrices, in place, block by block.
 
-No full-size delta and no full-size copy is made: the largest temporaries are two chunks of ``chunk_size`` float32 numbers a thread, or,
+No full-size delta and no full-size copy is made: the largest temporaries are two pieces of ``piece_size`` float32 numbers a thread, or,
 for butterfly products, slabs of whole vectors of that size. One rounding to the weight's dtype at the end.
 """
 
@@ -118,7 +118,7 @@ def _rows_(flat: Tensor, m: Tensor) -> None:
     """flat (n*b, c) <- blockdiag(m) flat, in place; m (n or 1, b, b)."""
     b, c = m.shape[-1], flat.shape[1]
     n = flat.shape[0] // b
-    chunk = chunk_size(flat.device)
+    chunk = piece_size(flat.device)
     width = c if b * c <= chunk else max(16, min(c, chunk // b // 16 * 16))
     group = max(1, min(n, chunk // (b * width)))
     m = m.expand(n, b, b)
@@ -140,7 +140,7 @@ def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
     """flat (r, n*b) <- rows * flat blockdiag(m)^T, in place; m (n or 1, b, b), rows (r,) or None."""
     b, r = m.shape[-1], flat.shape[0]
     n = flat.shape[1] // b
-    chunk = chunk_size(flat.device)
+    chunk = piece_size(flat.device)
     # Enough rows for the GEMM kernel come first: wide layers would otherwise leave ten rows a chunk and halve the speed.
     height = min(r, max(64 if b <= 32 else 128, chunk // (n * b)))
     group = max(1, min(n, chunk // (height * b)))
@@ -162,9 +162,15 @@ def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
     spread(work, [(i, k) for i in range(0, r, height) for k in range(0, n, group)], flat.device)
 
 
-def chunk_size(device: torch.device) -> int:
-    """Numbers in one float32 chunk: 512 KiB on a CPU, so that it stays in a core's cache; 64 MiB elsewhere, to save kernel launches."""
+def piece_size(device: torch.device) -> int:
+    """Numbers of float32 that one thread works on: 512 KiB on a CPU, so that it stays in a core's cache; 64 MiB elsewhere, to save
+    kernel launches."""
     return 1 << 17 if device.type == "cpu" else 1 << 24
+
+
+def chunk_size(device: torch.device) -> int:
+    """Numbers in one float32 chunk of an operation that torch divides among its threads: a piece for each, of up to four."""
+    return piece_size(device) * (min(torch.get_num_threads(), 4) if device.type == "cpu" else 1)
 
 
 def _buffers(weight: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +186,7 @@ def _general_(
     """Any number of stages with permutations and factors: whole vectors of the rotated axis, a slab at a time."""
     axis = 0 if side == "out" else 1
     size, other = flat.shape[axis], flat.shape[1 - axis]
-    step = max(1, chunk_size(flat.device) // size)
+    step = max(1, piece_size(flat.device) // size)
 
     def work(starts: Iterator[int]) -> None:
         for i in starts:
