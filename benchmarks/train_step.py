@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from oft_core.training import OFTConfig, RotationBank
 
+CPU = torch.device("cpu")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -44,28 +45,29 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 class Subject:
     """The frozen model, how to run it once, and the names of the layers that are trained.
 
-    dtype: of the frozen model; bfloat16 runs under autocast to it.
+    dtype: of the frozen model; bfloat16 runs under autocast to it. device: where it runs; ``run``'s inputs are there already.
     """
 
     name: str
     model: nn.Module
     run: Callable[[], Tensor]
     dtype: torch.dtype
+    device: torch.device = CPU
     targets: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model.requires_grad_(False).to(self.dtype)
+        self.model.requires_grad_(False).to(self.device, self.dtype)
         self.targets = [
             n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and n.endswith(TARGETS) and ".attn" in n
         ]
 
     def loss(self) -> Tensor:
         """Scalar float32 loss of one forward pass."""
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.run().float().square().mean()
 
 
-def sd15(host_dir: str, pixels: int, dtype: torch.dtype) -> Subject:
+def sd15(host_dir: str, pixels: int, dtype: torch.dtype, device: torch.device = CPU) -> Subject:
     """ComfyUI's SD1.5 UNet with random weights."""
     sys.path.insert(0, host_dir)
     sys.argv = [sys.argv[0], "--cpu"] if not torch.cuda.is_available() else sys.argv[:1]
@@ -83,11 +85,11 @@ def sd15(host_dir: str, pixels: int, dtype: torch.dtype) -> Subject:
     }
     found = comfy.supported_models.SD15(config)
     found.set_inference_dtype(torch.float32, None)
-    net = found.get_model({}, "", device=torch.device("cpu")).diffusion_model
+    net = found.get_model({}, "", device=device).diffusion_model.to(device)
     randomise(net)
-    x, t = torch.randn(1, 4, pixels // 8, pixels // 8), torch.tensor([500.0])
-    context = torch.randn(1, 77, 768)
-    return Subject(f"SD1.5 UNet, {pixels} px", net, lambda: net(x.to(dtype), t, context=context.to(dtype)), dtype)
+    x, t = torch.randn(1, 4, pixels // 8, pixels // 8).to(device, dtype), torch.tensor([500.0], device=device)
+    context = torch.randn(1, 77, 768).to(device, dtype)
+    return Subject(f"SD1.5 UNet, {pixels} px", net, lambda: net(x, t, context=context), dtype, device)
 
 
 class Attention(nn.Module):
@@ -106,9 +108,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """SDXL's transformer block: self-attention, cross-attention, gated feed-forward."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, context: int = 2048):
         super().__init__()
-        self.attn1, self.attn2 = Attention(width, width), Attention(width, 2048)
+        self.attn1, self.attn2 = Attention(width, width), Attention(width, context)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.up, self.down = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
 
@@ -136,10 +138,10 @@ def sdxl(pixels: int, dtype: torch.dtype) -> Subject:
 
 
 def randomise(net: nn.Module) -> None:
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(next(net.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.02) + (1 if p.ndim == 1 else 0) * 0.5)
+            p.copy_(torch.randn(p.shape, generator=g, device=g.device) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.02) + (1 if p.ndim == 1 else 0) * 0.5)
 
 
 # ---------------------------------------------------------------- methods
@@ -158,7 +160,7 @@ class Method:
 
 def no_adapter(subject: Subject) -> Method:
     """A single trained number, added to the input of the first layer that the others adapt."""
-    one = nn.Parameter(torch.zeros(()))
+    one = nn.Parameter(torch.zeros((), device=subject.device))
     first = subject.model.get_submodule(subject.targets[0])
 
     @contextmanager
@@ -190,6 +192,8 @@ def peft_method(subject: Subject, name: str, config: object) -> Method:
     inject_adapter_in_model(config, subject.model)
     layers = {n: subject.model.get_submodule(n) for n in subject.targets}
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()  # PEFT's own get_peft_model does so; injecting gives them the frozen layer's dtype
     put(subject.model, before)
 
     @contextmanager
@@ -218,7 +222,7 @@ def core_method(subject: Subject, name: str, adapter: type, rank: int) -> Method
     made: dict[str, nn.Module] = {}
     for target in subject.targets:
         one = adapter.create_train(subject.model.get_submodule(target).weight, rank=rank, alpha=1.0)
-        made[target] = one.train().requires_grad_(True)
+        made[target] = one.to(subject.device).train().requires_grad_(True)
     parameters = [p for m in made.values() for p in m.parameters()]
 
     @contextmanager
@@ -242,7 +246,7 @@ def lycoris_method(subject: Subject, block: int) -> Method:
         layer = subject.model.get_submodule(target)
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
-        made.append((layer, DiagOFTModule(target.replace(".", "_"), plain, 1.0, block)))
+        made.append((layer, DiagOFTModule(target.replace(".", "_"), plain, 1.0, block).to(subject.device)))
     parameters = [p for _, m in made for p in m.parameters() if p.requires_grad]
 
     @contextmanager

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
 from ..oft_core.training import ConfigError, Record, data
+from ..oft_core.training.folder import read, scan, some
+from ..oft_core.training.pictures import Picture, fitted, spread, to_tensor
 from . import compat
 from .files import inside
 
 CATEGORY = "OFT"
-# Names of files that the summary lists at most.
-MOST_NAMES = 5
 NO_FOLDER = "(none)"
+# What a mask is that came over a link, and what to do if nothing of a picture is left.
+CONNECTED = (
+    "the mask is black",
+    "Load Image gives white where a picture is transparent: invert that mask, or leave it unconnected.",
+)
 OFTDataset = io.Custom("OFT_DATASET")
 
 TIPS = {
@@ -37,16 +43,18 @@ TIPS = {
     ),
     "masks": (
         "Where to learn: white counts, black does not. One mask for every picture, in their order. Load Image "
-        "gives white where a picture is transparent: invert that mask, or leave it unconnected. In folders, the "
-        "transparency of a picture is its mask: transparent parts do not count."
+        "gives white where a picture is transparent: invert that mask, or leave it unconnected. In folders, "
+        "1-masklabel.png is the mask of 1.png; without such a file, transparent parts of a picture do not count."
     ),
     "folder": (
-        "A folder inside ComfyUI's input folder. A text file of the same name beside a picture is its caption. "
-        "The summary names files of kinds that are not read. Press R after adding a folder."
+        "A folder inside ComfyUI's input folder. A text file of the same name beside a picture is its caption "
+        "(cat.txt, cat.caption or cat.png.txt for cat.png). Without pictures of its own, its subfolders such as "
+        "'10_zwx dog' are read: 10 times each, with 'zwx dog' as caption. The summary names files that are not "
+        "used. Press R after adding a folder."
     ),
     "captions": (
-        "One caption a line, in the order of the pictures (folders: sorted by name). Empty lines, and pictures "
-        "without a line, take the instance prompt. Goes before text files in a folder."
+        "One caption a line, in the order of the pictures (folders: sorted by name). It goes before text files in a "
+        "folder. Pictures without a line or with an empty one take their text file, else the instance prompt."
     ),
     "instance_prompt": (
         "The caption of every picture that has none of its own. [trigger] stands for the trigger word."
@@ -94,10 +102,10 @@ class TrainingSet:
         if record.name not in self.pictures:
             return data.load(record.name, record)
         picture, mask = self.pictures[record.name]
-        image = data.to_tensor(data.fitted(picture, record.bucket, record.flip))
+        image = to_tensor(fitted(picture, record.bucket, record.flip))
         if mask is None:
             return image, None
-        return image, data.to_tensor(data.fitted(mask, record.bucket, record.flip))
+        return image, to_tensor(fitted(mask, record.bucket, record.flip))
 
     @property
     def main_bucket(self) -> tuple[int, int]:
@@ -136,16 +144,30 @@ def folder_path(name: str) -> Path:
     return Path(path)
 
 
-def _from_link(batches: list[torch.Tensor]) -> list[tuple[Any, Any]]:
-    """(picture, mask from its transparency or None) of every picture in IMAGE batches (n, h, w, 3 or 4)."""
+def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    """The values as float32 on the CPU. Raises ConfigError for NaN and infinity, which would become black or white."""
+    values = values.detach().cpu().float()
+    if not values.isfinite().all():
+        raise ConfigError(
+            "Numbers that are not finite came over a link",
+            file=name,
+            found=f"{int((~values.isfinite()).sum())} of {values.numel()}",
+            expected="numbers from 0 to 1",
+            hint="Look at the node that made it; a VAE in half precision can give such pictures.",
+        )
+    return values
+
+
+def _from_link(batches: list[torch.Tensor]) -> list[Picture]:
+    """The pictures of IMAGE batches (n, h, w, 3 or 4), each with its transparency as mask."""
     out = []
-    for batch in batches:
-        for image in batch:
-            array = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
-            alpha = Image.fromarray(np.ascontiguousarray(array[..., 3])) if array.shape[-1] == 4 else None
-            if alpha is not None and alpha.getextrema()[0] == 255:
-                alpha = None
-            out.append((Image.fromarray(np.ascontiguousarray(array[..., :3])), alpha))
+    for image in (one for batch in batches for one in batch):
+        name = f"picture {len(out) + 1}"
+        array = (_finite(image, name).clamp(0, 1) * 255).round().byte().numpy()
+        alpha = Image.fromarray(np.ascontiguousarray(array[..., 3])) if array.shape[-1] == 4 else None
+        if alpha is not None and alpha.getextrema()[0] == 255:
+            alpha = None
+        out.append(Picture(name, name, Image.fromarray(np.ascontiguousarray(array[..., :3])), alpha))
     return out
 
 
@@ -153,25 +175,9 @@ def _mask_pictures(masks: list[torch.Tensor]) -> list[Any]:
     """Pillow "L" pictures of MASK batches (n, h, w) or single masks (h, w)."""
     flat = [one for m in masks for one in (m if m.ndim == 3 else m.unsqueeze(0))]
     return [
-        Image.fromarray((one.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()) for one in flat
+        Image.fromarray((_finite(one, f"mask {i + 1}").clamp(0, 1) * 255).round().byte().numpy())
+        for i, one in enumerate(flat)
     ]
-
-
-def _check_mask(mask: Any, bucket: tuple[int, int], name: str, *, connected: bool) -> None:
-    """Raises ConfigError if nothing of a picture would count. connected: the mask is no transparency."""
-    if data.fitted(mask, bucket).getextrema()[1]:
-        return
-    what = "the mask is black" if connected else "the picture is transparent"
-    if mask.getextrema()[1]:
-        found = f"{what} in the {bucket[0]} x {bucket[1]} pixels that are cut from it"
-        hint = "Cut the picture yourself, so that what counts is in the middle."
-    elif connected:
-        found = f"{what} everywhere"
-        hint = "Load Image gives white where a picture is transparent: invert that mask, or leave it unconnected."
-    else:
-        found = f"{what} everywhere"
-        hint = "Leave the picture out, or save it without transparency."
-    raise ConfigError("Nothing of this picture would be learnt", file=name, found=found, hint=hint)
 
 
 def build(
@@ -192,7 +198,7 @@ def build(
     """Make a set. captions: one a picture, in order; shorter lists and empty ones fall back.
 
     Raises ConfigError (no pictures, both sources, more captions or masks than pictures, unreadable files, or
-    a picture of which nothing counts).
+    pictures of which nothing counts).
     """
     trigger = trigger.strip()
     linked = pictures is not None
@@ -202,76 +208,63 @@ def build(
             "Connect pictures, or choose a folder" + (", not both" if linked else ""),
             found="both" if linked else "neither",
         )
-    if linked:
-        others = []
-        opened = _from_link(pictures)
-        names = [f"picture {i + 1}" for i in range(len(opened))]
-        beside = [""] * len(opened)
-    else:
-        others = data.left_out(folder_path(folder))
-        paths = data.find_pictures(folder_path(folder))
-        names = [str(p) for p in paths]
-        opened = [data.open_picture(p) for p in paths]
-        beside = [data.caption_beside(p) or "" for p in paths]
-    if not opened:
-        raise ConfigError("There are no pictures to train on")
-    given = list(captions or [])
-    while given and not given[-1].strip():
-        given.pop()
-    if len(given) > len(opened):
-        raise ConfigError(
-            "There are more captions than pictures", found=len(given), expected=f"{len(opened)} or fewer"
-        )
-    given += [""] * (len(opened) - len(given))
-    if masks is not None:
-        drawn = _mask_pictures(masks)
-        if len(drawn) not in (1, len(opened)):
-            raise ConfigError(
-                "The number of masks does not fit", found=len(drawn), expected=f"1 or {len(opened)}"
-            )
-        drawn = drawn * len(opened) if len(drawn) == 1 else drawn
-        opened = [
-            (picture, mask.resize(picture.size, Image.Resampling.BILINEAR))
-            for (picture, _), mask in zip(opened, drawn, strict=True)
-        ]
-    step = bucket_step
-    sizes = data.make_buckets(resolution, step) if buckets else [(max(step, resolution // step * step),) * 2]
     notes: list[str] = []
-    if others:
-        listed = ", ".join(p.name for p in others[:MOST_NAMES]) + (", …" if len(others) > MOST_NAMES else "")
-        notes.append(f"{len(others)} {'files were' if len(others) > 1 else 'file was'} left out: {listed}")
-    records: list[Record] = []
+    if linked:
+        given = _from_link(pictures)
+        count = len(given)
+    else:
+        found = scan(folder_path(folder))
+        notes += found.notes
+        beside = [p.mask.name for p in found.pictures if p.mask is not None]
+        if masks is not None and beside:
+            notes.append(f"Masks are connected, so mask files are not used: {some(beside)}")
+            found = replace(found, pictures=tuple(replace(p, mask=None) for p in found.pictures))
+        given = read(found)
+        count = len(found.pictures)
+    if not count:
+        raise ConfigError("There are no pictures to train on")
+    lines = [line.strip() for line in captions or []]
+    while lines and not lines[-1]:
+        lines.pop()
+    if len(lines) > count:
+        raise ConfigError(
+            "There are more captions than pictures", found=len(lines), expected=f"{count} or fewer"
+        )
+    lines += [""] * (count - len(lines))
+    drawn = None if masks is None else _mask_pictures(masks)
+    if drawn is not None and len(drawn) not in (1, count):
+        raise ConfigError("The number of masks does not fit", found=len(drawn), expected=f"1 or {count}")
     seen = hashlib.sha256()
     kept: dict[str, tuple[Any, Any]] = {}
-    small = without_word = 0
-    for name, (picture, mask), line, text in zip(names, opened, given, beside, strict=True):
-        bucket = data.nearest_bucket(picture.size, sizes)
-        small += picture.size[0] < bucket[0] or picture.size[1] < bucket[1]
-        if mask is not None:
-            _check_mask(mask, bucket, name, connected=masks is not None)
-        written = line.strip() or text or instance_prompt
-        without_word += not trigger and data.TRIGGER in written
-        caption = data.with_trigger(written, trigger)
-        if linked or masks is not None:
-            kept[name] = (picture, mask)
-        for part in (picture, mask):
-            seen.update(b"none" if part is None else f"{part.size}".encode() + part.tobytes())
-        for flip in (False, True) if flips else (False,):
-            records.append(Record(name, caption, bucket, repeats, flip, mask is not None))
-    if small:
-        notes.append(f"{small} pictures are smaller than their size in training and are enlarged.")
-    if without_word:
-        notes.append(
-            f"There is no trigger word: {data.TRIGGER} was taken out of {without_word} caption{'s' * (without_word > 1)}."
-        )
-    if not any(r.caption for r in records):
-        notes.append(
-            "No picture has a caption. An instance prompt with a trigger word teaches a subject better."
-        )
+
+    def complete() -> Iterator[Picture]:
+        for i, picture in enumerate(given):
+            if drawn is not None:
+                mask = spread(drawn[i % len(drawn)], picture.image.size)
+                picture = replace(picture, mask=mask, mask_is=CONNECTED)
+            if linked or drawn is not None:
+                kept[picture.name] = (picture.image, picture.mask)
+            for part in (picture.image, picture.mask):
+                seen.update(b"none" if part is None else f"{part.size}".encode() + part.tobytes())
+            yield replace(picture, caption=lines[i] or picture.caption)
+
+    records, remarks = data.make_records(
+        complete(),
+        resolution,
+        prompt=instance_prompt,
+        trigger=trigger,
+        step=bucket_step,
+        repeats=repeats,
+        flips=flips,
+        square=not buckets,
+    )
+    # Of a mask its pixels are in the digest, not where its file is.
     plain = [{**asdict(r), "name": i // (2 if flips else 1)} for i, r in enumerate(records)]
+    for one in plain:
+        del one["mask"]
     seen.update(json.dumps([plain, class_prompt.strip(), resolution]).encode())
     return TrainingSet(
-        tuple(records), kept, class_prompt.strip(), trigger, resolution, seen.hexdigest(), tuple(notes)
+        tuple(records), kept, class_prompt.strip(), trigger, resolution, seen.hexdigest(), (*notes, *remarks)
     )
 
 
@@ -328,7 +321,7 @@ def to_pillow(image: torch.Tensor) -> Any:
 
 def from_pillow(picture: Any) -> torch.Tensor:
     """Pillow -> IMAGE (1, h, w, 3)."""
-    return data.to_tensor(picture.convert("RGB")).unsqueeze(0)
+    return to_tensor(picture.convert("RGB")).unsqueeze(0)
 
 
 # --- the node -----------------------------------------------------------------------------------------------
@@ -401,10 +394,11 @@ class OFTDatasetNode(io.ComfyNode):
         if name in (None, "", NO_FOLDER):
             return ""
         try:
-            inside = sorted(folder_path(name).iterdir())
+            found = scan(folder_path(name))
+            files = [[str(p), (s := p.stat()).st_mtime_ns, s.st_size] for p in found.read]
         except (ConfigError, OSError):
             return "missing"
-        return json.dumps([[p.name, (s := p.stat()).st_mtime_ns, s.st_size] for p in inside if p.is_file()])
+        return json.dumps([files, [p.name for p in found.subfolders]])
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:

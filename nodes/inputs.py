@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..oft_core import COFT_CHOICES, MODES, Strength, StrengthError
+from ..oft_core import COFT_CHOICES, MODES, FileError, Strength, StrengthError
 from ..oft_core.constraint import coft_choice
 from . import compat, folders, runtime
 
@@ -126,12 +126,22 @@ class How:
 
 
 def checked_file(name: str | None) -> bool | str:
-    """A file name; None: it comes over a link and is checked when it is opened."""
-    if name is None or folders.find(name):
+    """A file name; None: it comes over a link and is checked when it is opened.
+
+    Names that only mean a listed file pass, so a node that checks its files here must have the host leave the combo's
+    list to it, by taking the input's name in `validate_inputs`.
+    """
+    if name is None:
         return True
+    if not isinstance(name, str):
+        return f"The name of an OFT file is a text, not {name!r}."
     if not folders.names():
         return "No OFT file found. Put safetensors files into models/oft, then press R on the page."
-    return f"'{name}' is not in models/oft or the lora folders. Press R on the page to refresh the list."
+    try:
+        folders.locate(name)
+    except FileError as error:
+        return str(error)
+    return True
 
 
 def checked_how(mode: str | None, coft: str | None, way: str | None = None) -> bool | str:

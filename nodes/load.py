@@ -14,8 +14,8 @@ TIPS = {
     "adapter": "The adapter that Load OFT Adapter has read.",
     "out_adapter": "The adapter in memory, for Apply OFT and other OFT nodes.",
     "peft_neumann": (
-        "Files of PEFT 0.16 to 0.17 and of later versions look alike but use a slightly different series. "
-        "auto: decide by the config beside the file."
+        "How PEFT's oft_R files build their rotations: old (0.16 to 0.17), new (later), exact (trained with "
+        "use_cayley_neumann=False). auto: decide by the config beside the file."
     ),
     "alpha_rule": (
         "How the stored COFT limit is meant. scaled: times the layer's width (kohya, LyCORIS). raw: as it "
@@ -37,11 +37,33 @@ TIPS = {
         "Old LyCORIS files: whether oft_diag holds the finished rotation or an additive part. auto: "
         "decide by the numbers."
     ),
+    "oft_writer": (
+        "oft_R files whose names say nothing of their writer: PEFT and OneTrainer turn convolutions in "
+        "opposite directions. auto: by key names, a config beside the file and metadata."
+    ),
+    "peft_base": (
+        "Saved states of a whole PEFT model hold the base model's weights too. ignore: leave them out. apply: "
+        "put them in place of the model's. auto: only biases that the config calls trained."
+    ),
+    "peft_terms": (
+        "Terms of PEFT's series (num_cayley_neumann_terms). 0: as the config beside the file says, without "
+        "one 5."
+    ),
+    "peft_coft": (
+        "PEFT's COFT limit (eps, with coft=True). 0: as the config beside the file says, without one no "
+        "limit."
+    ),
+    "adapter_name": (
+        "Which one to read where a file holds several PEFT adapters. Empty: the only one."
+    ),
 }
 
 
-def _shown(applied: host.Applied, *values: Any) -> io.NodeOutput:
-    return io.NodeOutput(*values, applied.report, ui=ui.PreviewText(applied.report))
+def _shown(report: str, *values: Any, name: str | None = None) -> io.NodeOutput:
+    """The outputs and the report; name: of the file, as the graph has it."""
+    said = None if name is None else folders.other_name(name)
+    report = report if said is None else f"{report}\n{said}"
+    return io.NodeOutput(*values, report, ui=ui.PreviewText(report))
 
 
 class _Checked(io.ComfyNode):
@@ -94,7 +116,7 @@ class OFTLoad(_Checked):
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
         applied = host.apply(folders.read(oft_name), model, clip, at_model, at_clip, how.runtime)
-        return _shown(applied, applied.model, applied.clip)
+        return _shown(applied.report, applied.model, applied.clip, name=oft_name)
 
 
 class OFTLoadModelOnly(_Checked):
@@ -123,7 +145,7 @@ class OFTLoadModelOnly(_Checked):
         how = inputs.How(**how)
         at = how.at(strength_model)
         applied = host.apply(folders.read(oft_name), model, None, at, at, how.runtime)
-        return _shown(applied, applied.model)
+        return _shown(applied.report, applied.model, name=oft_name)
 
 
 class OFTLoadAdapter(_Checked):
@@ -135,6 +157,12 @@ class OFTLoadAdapter(_Checked):
         options = [
             choice(name, options=list(choices), default=choices[0])
             for name, choices in ReadOptions.CHOICES.items()
+        ]
+        entry = functools.partial(compat.explained(TIPS), optional=True, advanced=True)
+        options += [
+            entry(io.Int.Input, "peft_terms", default=0, min=0, max=1000),
+            entry(io.Float.Input, "peft_coft", default=0.0, min=0.0, max=1000.0, step=1e-6, round=False),
+            entry(io.String.Input, "adapter_name", default=""),
         ]
         return compat.schema(
             node_id="OFT_LoadAdapter",
@@ -150,10 +178,9 @@ class OFTLoadAdapter(_Checked):
         )
 
     @classmethod
-    def execute(cls, oft_name, **options: str) -> io.NodeOutput:
+    def execute(cls, oft_name, **options: Any) -> io.NodeOutput:
         adapter = folders.read(oft_name, ReadOptions(**options))
-        text = describe(adapter).to_text()
-        return io.NodeOutput(adapter, text, ui=ui.PreviewText(text))
+        return _shown(describe(adapter).to_text(), adapter, name=oft_name)
 
 
 class OFTApply(_Checked):
@@ -188,7 +215,7 @@ class OFTApply(_Checked):
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
         applied = host.apply(adapter, model, clip, at_model, at_clip, how.runtime)
-        return _shown(applied, applied.model, applied.clip)
+        return _shown(applied.report, applied.model, applied.clip)
 
 
 NODES = (OFTLoad, OFTLoadModelOnly, OFTLoadAdapter, OFTApply)

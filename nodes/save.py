@@ -96,7 +96,7 @@ class OFTSave(io.ComfyNode):
 
 def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
     """The adapter's own file again, numbers in another precision; a folder if PEFT's config belongs to it."""
-    if not os.path.isfile(adapter.path) or not adapter.path.endswith(".safetensors"):
+    if not os.path.isfile(adapter.path) or not folders.reads(adapter.path):
         raise FormatError(
             "The file that this adapter was read from is not there any more",
             file=adapter.path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
+from ..oft_core.errors import printable
 from ..oft_core.stack import Share, blend, holds_oft
 from . import compat, folders, host, host_names, inputs, runtime
 from .cache import normal_tensors
@@ -113,7 +114,11 @@ def listed_name(adapter: Adapter) -> str | None:
 
 
 def _row(name: str, on: bool, at_model: Strength, at_clip: Strength) -> Row:
-    return Row(name, on, at_model, at_clip, folders.read(name) if on else None)
+    """A row of a file. Raises FileError for a name that means no file or several, unless the row is off."""
+    if on:
+        return Row(folders.locate(name), on, at_model, at_clip, folders.read(name))
+    found = folders.meant(name)
+    return Row(found[0] if len(found) == 1 else name, on, at_model, at_clip, None)
 
 
 class _Taken:
@@ -140,22 +145,39 @@ _from_stacks = _Taken()
 def _from_lora_stack(
     stack: Sequence[Sequence[Any]], at: Strength
 ) -> tuple[list[Row], list[tuple[str, float, float]]]:
-    """OFT rows of a LORA_STACK, and the entries that are something else or not to be found here."""
+    """OFT rows of a LORA_STACK, and the entries that are something else or not to be found here.
+
+    Raises FileError for a name that several files fit of which one is OFT: no other loader can tell which is meant.
+    """
     rows, others = [], []
     for entry in stack:
         if not isinstance(entry, (tuple, list)) or len(entry) < 3 or not isinstance(entry[0], str):
             raise AdapterError(
                 "lora_stack is not a list of (name, strength_model, strength_clip)", found=repr(entry)
             )
-        path = folders.find(entry[0])
-        # Other packs list LoRAs in formats that are not opened here.
-        if path is None or not folders.reads(path) or not holds_oft(path):
+        if not any(map(_opens, folders.meant(entry[0]))):
             others.append(tuple(entry))
             continue
         at_model, at_clip = (replace(at, value=float(s)) for s in entry[1:3])
         rows.append(_row(entry[0], True, at_model, at_clip))
         _from_stacks.taken(entry[0])
     return rows, others
+
+
+def _opens(name: str) -> bool:
+    """Whether a listed file is OFT. Other packs list LoRAs in formats that are not opened here."""
+    path = folders.find(name)
+    return path is not None and folders.reads(path) and holds_oft(path)
+
+
+def _about_names(given: Iterable[str], others: Iterable[tuple]) -> list[str]:
+    """Lines on names that are listed in another way here, or not at all. given: of rows that are on."""
+    lines = [said for name in given if (said := folders.other_name(name)) is not None]
+    for name, *_ in others:
+        if not folders.meant(name):
+            similar = ", ".join(folders.nearest(name))
+            lines.append(f"Not in the folders here: {printable(name)}" + (f" (similar: {similar})" if similar else ""))
+    return lines
 
 
 def _row_inputs(i: int) -> list[io.Input]:
@@ -213,6 +235,23 @@ class OFTStack(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        oft_name_1: str | None = None,
+        oft_name_2: str | None = None,
+        oft_name_3: str | None = None,
+        oft_name_4: str | None = None,
+        on_1: bool = True,
+        on_2: bool = True,
+        on_3: bool = True,
+        on_4: bool = True,
+    ) -> bool | str:
+        # Each by its own name, because the host leaves the checks of all others to itself then.
+        given = zip((oft_name_1, oft_name_2, oft_name_3, oft_name_4), (on_1, on_2, on_3, on_4), strict=True)
+        checks = [inputs.checked_file(name) for name, on in given if on is not False and name != NONE]
+        return next((c for c in checks if c is not True), True)
+
+    @classmethod
     def fingerprint_inputs(cls, **given: Any) -> str:
         names = [given.get(f"oft_name_{i}") for i in NUMBERS]
         own = [folders.fingerprint(name) for name in names if name and name != NONE]
@@ -232,6 +271,7 @@ class OFTStack(io.ComfyNode):
         at = inputs.How(mode, coft, coft_degrees).at(1.0)
         from_loras, others = _from_lora_stack(lora_stack or (), at)
         rows = [*(stack or ()), *from_loras]
+        named = [entry[0] for entry in lora_stack or () if tuple(entry) not in others]
         for i in NUMBERS:
             adapter, name = given.get(f"adapter_{i}"), given.get(f"oft_name_{i}", NONE)
             on, own = given.get(f"on_{i}", True), given.get(f"mode_{i}", AS_NODE)
@@ -244,8 +284,9 @@ class OFTStack(io.ComfyNode):
                 rows.append(Row(listed_name(adapter) or adapter.name, on, at_model, at_clip, adapter))
             elif name and name != NONE:
                 rows.append(_row(name, on, at_model, at_clip))
+                named += [name] if on else []
         written = [row.entry() for row in rows if row.on and folders.find(row.name)]
-        text = _described(rows, others)
+        text = "\n".join([_described(rows, others), *_about_names(named, others)])
         return io.NodeOutput(tuple(rows), [*others, *written], others, text, ui=ui.PreviewText(text))
 
 

@@ -37,6 +37,7 @@ from ..oft_core.training import (
     OFTConfig,
     Record,
     RotationBank,
+    TrainingError,
     checkpointing,
 )
 from ..oft_core.training.layers import plain_weight
@@ -53,6 +54,9 @@ LOW_VRAM = ("off", "checkpointing", "offload")
 UNET, ENCODERS, T5 = "unet", "te", "t5"
 # Dialects in the order in which a trained adapter is written: the first that can hold it.
 DIALECTS = ("oft_v2", "lycoris", "comfy", "oft_v2_plus")
+# What to do about models that overflow.
+PRECISE_VAE = "Start ComfyUI with --fp32-vae or --bf16-vae"
+PRECISE_TEXT = "Start ComfyUI with --fp32-text-enc or --bf16-text-enc"
 
 
 # --- sampling -----------------------------------------------------------------------------------------------
@@ -159,10 +163,13 @@ class HostModel:
         self._store, self._of_vae, self._of_clip = store, vae, clip
 
     def encode_pictures(self, of: TrainingSet, report: Callable[[int, int], None] | None = None) -> None:
-        """Latents of every record in the model's own space, on the CPU, float32; and masks of their size."""
+        """Latents of every record in the model's own space, on the CPU, float32; and masks of their size.
+
+        Raises TrainingError for a picture whose latent is not finite.
+        """
         for i, record in enumerate(of.records):
             image, mask = of.load(record)
-            latent = self._latent_of(image.unsqueeze(0)[..., :3])
+            latent = self._latent_of(image.unsqueeze(0)[..., :3], record.name)
             latent = comfy.sample.fix_empty_latent_channels(self.patcher, latent)
             self._check_channels(latent)
             latent = self.base.process_latent_in(latent).float().cpu()
@@ -177,18 +184,19 @@ class HostModel:
             if report is not None:
                 report(i + 1, len(of.records))
 
-    def _latent_of(self, image: torch.Tensor) -> torch.Tensor:
-        """The VAE's own latent of an IMAGE (1, h, w, 3)."""
+    def _latent_of(self, image: torch.Tensor, name: str) -> torch.Tensor:
+        """The VAE's own latent of an IMAGE (1, h, w, 3); name: of the picture, for errors."""
         place = None
         if self._store is not None:
             how = [self._of_vae, str(getattr(self.vae, "vae_dtype", "")), str(self.device)]
             place = self._store.path("latent", *how, fingerprint(image))
             known = self._store.get(place)
-            if known is not None:
+            if known is not None and known.isfinite().all():
                 return known
         # Some encoders draw their latents at random.
         with own_randomness(0), torch.no_grad():
             latent = self.vae.encode(image).clone()
+        need_finite("The VAE's latent of a picture", latent, file=name, hint=f"{PRECISE_VAE}, or use another VAE.")
         if place is not None:
             self._store.put(place, latent)
         return latent
@@ -204,7 +212,7 @@ class HostModel:
             )
 
     def encode_texts(self, texts: Iterable[str]) -> None:
-        """Text embeddings of every different text, kept on the CPU."""
+        """Text embeddings of every different text, kept on the CPU. Raises TrainingError for one that is not finite."""
         with torch.no_grad():
             for text in dict.fromkeys(texts):
                 if text in self._texts:
@@ -212,8 +220,9 @@ class HostModel:
                 tokens = self.clip.tokenize(text)
                 place = self._place_of_text(tokens)
                 known = None if place is None else self._store.get(place)
-                if known is None:
+                if known is None or not all(v.isfinite().all() for v in _embeddings(known)):
                     known = _ordinary(self.clip.encode_from_tokens_scheduled(tokens, show_pbar=False))
+                    self._check_text(text, known, f"{PRECISE_TEXT}, or load other text encoders.")
                     if place is not None:
                         self._store.put(place, known)
                 self._texts[text] = known
@@ -229,15 +238,23 @@ class HostModel:
         except TypeError:
             return None
 
+    @staticmethod
+    def _check_text(text: str, encoded: list, hint: str) -> None:
+        for values in _embeddings(encoded):
+            need_finite(f"The text embedding of {text!r}", values, hint=hint)
+
     def _encode_with_gradient(self, text: str) -> list:
-        """As ComfyUI encodes a prompt, with gradients through the text encoders."""
+        """As ComfyUI encodes a prompt, with gradients through the text encoders. Raises TrainingError if it is not finite."""
         model = self.encoders
         model.reset_clip_options()
         if self.clip.layer_idx is not None:
             model.set_clip_options({"layer": self.clip.layer_idx})
         model.set_clip_options({"execution_device": self.clip.patcher.load_device})
         cond, pooled, *more = model.encode_token_weights(self.clip.tokenize(text))
-        return [[cond, {"pooled_output": pooled, **(more[0] if more else {})}]]
+        made = [[cond, {"pooled_output": pooled, **(more[0] if more else {})}]]
+        # Before the first step it was finite.
+        self._check_text(text, made, "Lower the learning rate of the text encoders.")
+        return made
 
     # --- loading ---
 
@@ -494,6 +511,24 @@ def _check_whole(model: nn.Module, names: Iterable[str]) -> None:
                     module=f"{name}.{inside}".rstrip("."),
                     hint="Set low_vram to 'checkpointing', or leave it out of modules_to_save.",
                 )
+
+
+def need_finite(what: str, values: torch.Tensor, *, file: str | None = None, hint: str) -> None:
+    """Raises TrainingError if a number is NaN or infinite."""
+    if not (fine := values.detach().isfinite()).all():
+        raise TrainingError(
+            f"{what} is not finite",
+            file=file,
+            found=f"{int((~fine).sum())} NaN or infinite of {values.numel()} numbers",
+            expected="finite numbers",
+            hint=hint,
+        )
+
+
+def _embeddings(encoded: list) -> Iterator[torch.Tensor]:
+    """What models read of a text: embeddings and pooled ones."""
+    for cond, more in encoded:
+        yield from (v for v in (cond, more.get("pooled_output")) if v is not None)
 
 
 def _place(record: Record) -> tuple:

@@ -42,6 +42,8 @@ log = logging.getLogger("oft")
 MOST_SAMPLES = 64
 # What of the objective comes from the model's way of sampling; the rest does not change what the model draws.
 SAMPLED_BY = ("prediction", "shift", "alphas_cumprod")
+# What to do about a model that overflows.
+PRECISE_MODEL = "Load the model in bfloat16 or float32, and look for patches on it that damage it."
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -239,11 +241,12 @@ class Run:
         wanted += [sampling.get(name) for name in SAMPLED_BY]
         place = self.store.path("class", *wanted)
         latents = self.store.get(place)
-        if latents is None:
+        if latents is None or not latents.isfinite().all():
             drawn = []
             for i in range(count):
                 self._say(f"Drawing class picture {i + 1} of {count}")
                 drawn.append(self.host.sample_latent(prompt, plan, size, (self.plan.settings.seed + i) % 2**64))
+                train_host.need_finite(f"Class picture {i + 1}, as the model draws it,", drawn[-1], hint=PRECISE_MODEL)
             latents = self.host.base.process_latent_in(torch.cat(drawn)).float().cpu().contiguous()
             self.store.put(place, latents)
         records = [Record(f"class {i}", prompt, size, role="class") for i in range(count)]

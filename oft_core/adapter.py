@@ -7,7 +7,7 @@ import os
 import pickle
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,31 +17,50 @@ from torch import Tensor
 
 from .block_weights import BlockWeights
 from .constraint import Strength
-from .errors import FileError, FormatError, ModelMismatch, ValueFault
-from .formats import DIALECTS, Context, Maker, Module, ReadOptions, detect, group, reader, what_is_it
+from .errors import AdapterError, FileError, FormatError, ModelMismatch, ValueFault
+from .formats import (
+    DIALECTS,
+    Context,
+    Module,
+    ReadOptions,
+    detect,
+    group,
+    peft_reason,
+    reader,
+    what_is_it,
+)
 from .formats.common import Piece
 from .layer import Built, Diff, LayerRotation, build_all
-from .names import NameIndex, Target, component, guess_family, loose_clip
+from .names import DECLARED, NameIndex, Target, component, declared_family, guess_family, loose_clip
 from .schedule import Schedule
 
 __all__ = ["Adapter", "Binding", "Entry", "Patch", "build_all", "load_adapter", "read_tensors"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One adapted layer as the file names it."""
 
-    module: str
+    source: Module
     dialect: str
-    make: Maker
     #: Which CLIP a name without a prefix is for: te1, or te2 in a file that has a CLIP-G's layers.
     clip: str = "te1"
-    _pieces: dict[tuple[int, ...] | None, list[Piece]] = field(default_factory=dict, repr=False, compare=False)
+    _pieces: dict[tuple[int, ...] | None, list[Piece]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def module(self) -> str:
+        return self.source.name
+
+    def make(self, shape: Sequence[int] | None) -> list[Piece]:
+        """What to do with a weight of this shape (None: not known, a plain Linear layer). Raises the reader's errors."""
+        return reader(self.source, self.dialect)(shape)
 
     def pieces(self, shape: Sequence[int] | None) -> list[Piece]:
-        """What to do with a weight of this shape (None: not known, a plain Linear layer). Kept, with what its rotations have
-        computed, so that a file that stays in memory answers at once for another strength."""
+        """The same, kept with what its rotations have computed, so that a file that stays in memory answers at once for another
+        strength."""
         key = None if shape is None else tuple(shape)
+        if self._pieces is None:
+            self._pieces = {}
         if key not in self._pieces:
             self._pieces[key] = self.make(shape)
         return self._pieces[key]
@@ -71,7 +90,11 @@ class Patch:
     ) -> None:
         """Apply to the whole parameter ``weight`` in place; see ``LayerRotation.apply_``. base_row_norm: (rows,) in base order."""
         view = weight if self.rows is None else weight.narrow(0, *self.rows)
-        apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, base_row_norm=base_row_norm)
+        try:
+            apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, base_row_norm=base_row_norm)
+        except AdapterError as error:
+            error.module = error.module or self.module
+            raise
 
 
 def apply_swapped_(
@@ -94,12 +117,25 @@ def apply_swapped_(
 
 @dataclass
 class Binding:
-    """An adapter's layers placed on a model: patches in the file's order; module -> reason for those that found no place."""
+    """An adapter's layers placed on a model: patches in the file's order; module -> reason for those that found no place.
+
+    family: what model it is.   missing: the unmatched modules of parts that the model has, but for those that stand in the file twice.
+    idle: matched modules that a merge left as they were, since their strength was 0.
+    """
 
     adapter: Adapter
     patches: list[Patch] = field(default_factory=list)
     matched: list[str] = field(default_factory=list)
     unmatched: dict[str, str] = field(default_factory=dict)
+    family: str = "unknown"
+    missing: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+
+    @property
+    def other_family(self) -> str:
+        """The family that the file's metadata names, if the model is certainly of another; else ""."""
+        said = declared_family(self.adapter.metadata)
+        return said if said and self.family in DECLARED and said != self.family else ""
 
     def check(self, strength: Strength, components: Sequence[str] | None = None) -> None:
         """Raises StrengthError if the strength is not defined for one of the layers (of the given components)."""
@@ -143,16 +179,19 @@ class Adapter:
         Raises ShapeError for a layer that is found but does not fit (the file is for another model), ModelMismatch if ``strict`` and
         nothing matches. Layers that are not found stand in ``unmatched``.
         """
-        binding = Binding(self)
+        binding = Binding(self, family=index.family)
         taken: dict[tuple[str, bool], list[Patch]] = {}
         for name, entry in self.entries.items():
             targets = index.resolve(name, entry.clip)
             if not targets:
                 binding.unmatched[name] = "no such layer in this model"
+                if index.has(entry.component):
+                    binding.missing.append(name)
                 continue
             placed = self._place(entry, targets, index) if all(index.shapes[t.key] for t in targets) else []
             if not placed:
                 binding.unmatched[name] = "the layer has no parameter of this kind"
+                binding.missing.append(name)
                 continue
             # As in ComfyUI's own loader, a layer that stands in the file under two names is applied once.
             other = next((q.module for p in placed for q in taken.get(_kind(p), ()) if _meet(p, q)), None)
@@ -224,23 +263,59 @@ def load_adapter(path: str | os.PathLike, options: ReadOptions | None = None) ->
     options = options or ReadOptions()
     path = Path(path)
     if path.is_dir():
-        inside = [p for n in ("adapter_model.safetensors", "adapter_model.bin") if (p := path / n).is_file()]
-        if not inside:
-            raise FileError("The folder holds no adapter", file=path, expected="adapter_model.safetensors in it")
-        path = inside[0]
+        path = _in_folder(path)
     if not path.is_file():
         raise FileError("There is no such file", file=path)
     if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt"):
-        tensors, metadata = _read_pickle(path, options), {}
-    else:
-        tensors, metadata = _read_safetensors(path)
-    return read_tensors(tensors, metadata, name=str(path), config=_neighbour_config(path), options=options)
+        return read_tensors(_read_pickle(path, options), name=str(path), config=_neighbour_config(path), options=options)
+    with _opened(path) as file:
+        stored = _Stored(file, path)
+        return read_tensors(stored, dict(file.metadata() or {}), name=str(path), config=_neighbour_config(path), options=options)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+#: What PEFT, diffusers and transformers call the file in a folder that they save.
+_SAVED_AS = (
+    "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors",
+    "adapter_model.bin", "diffusion_pytorch_model.bin", "pytorch_model.bin",
+)
+
+
+def _in_folder(folder: Path) -> Path:
+    """The one file in a saved folder. Raises FileError, which names the folders below that hold one."""
+    inside = [p for n in _SAVED_AS if (p := folder / n).is_file()]
+    if inside:
+        return inside[0]
+    below = sorted(p.parent.name for n in _SAVED_AS for p in folder.glob(f"*/{n}"))
+    raise FileError(
+        "The folder holds no adapter", file=folder, found=f"folders with one: {', '.join(below[:10])}" if below else None,
+        expected="adapter_model.safetensors in it", hint="Choose one of these folders." if below else None,
+    )
+
+
+class _Stored(Mapping):
+    """The tensors of an open safetensors file, each read when it is asked for: a saved model may lie around the adapter."""
+
+    def __init__(self, file: safe_open, path: Path):
+        self._file, self._path = file, path
+        self._keys = dict.fromkeys(file.keys())
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            # A copy: the library's tensors are windows into the file, which may be written over while they live.
+            return self._file.get_tensor(key).clone()
+        except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:  # also types that torch does not have
+            raise FileError("A tensor of the file cannot be read", file=self._path, module=key, found=str(error)) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _opened(path: Path) -> safe_open:
     try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118 (not a dict)
+        return safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as error:
         with open(path, "rb") as f:
             head = f.read(4)
@@ -302,22 +377,23 @@ def read_tensors(
 ) -> Adapter:
     """The same from tensors in memory. metadata: the safetensors header's; config: PEFT's adapter_config, if there is one."""
     metadata = dict(metadata or {})
+    context = Context(name, metadata, None, options or ReadOptions())
     kohya_names = any(k.startswith(("lora_", "oft_unet_", "oftv2_", "lycoris_")) for k in tensors)
-    peft_keys = any(k.startswith("base_model.model.") for k in tensors) or (config is not None and not kohya_names)
-    context = Context(name, metadata, config if peft_keys else None, options or ReadOptions(), peft_keys)
+    context.peft = peft_reason(tensors, context, config is not None and not kohya_names)
+    context.config = config if context.peft else None
     modules, unknown = group(tensors, context)
     clip = loose_clip(modules)
     entries: dict[str, Entry] = {}
     reasons: dict[str, str] = {}
     for module in modules.values():
+        _check_values(module)
         found = detect(module)
         if found is None:
             unknown += [f"{module.name}.{s}" for s in module.tensors if s not in ("alpha", "I")]
             continue
-        _check_values(module)
         dialect, reason = found
         reasons.setdefault(dialect, reason)
-        entries[module.name] = Entry(module.name, dialect, reader(module, dialect), clip)
+        entries[module.name] = Entry(module, dialect, clip)
     count = Counter(e.dialect for e in entries.values() if e.dialect != "F5d")
     if not count:
         raise FormatError(
@@ -328,7 +404,7 @@ def read_tensors(
     dialect = count.most_common(1)[0][0]
     for entry in entries.values():
         if entry.dialect != "F5d":
-            for piece in entry.pieces(None):  # shape faults and remarks show now, not at the first use
+            for piece in entry.make(None):  # shape faults and remarks show now, not at the first use; kept are those of real shapes
                 piece.op.check_values(module=entry.module, file=name)
     if unknown:
         context.note(f"{len(unknown)} keys are not understood and not applied, e.g. {unknown[0]}")

@@ -100,6 +100,14 @@ class Rule:
             return False
         return self.kind is None or self.kind in address.kinds
 
+    def outside(self, known: Iterable[Address]) -> bool:
+        """Whether the first or last number of a range is beyond every block of this place that there is."""
+        if self.numbers is None:
+            return False
+        places = TEXT_PLACES if self.place == "te" else (self.place,)
+        there = [a.number for a in known if a.place in places and a.number is not None]
+        return not there or any(low < min(there) or high > max(there) for low, high in self.numbers)
+
     @property
     def selector(self) -> str:
         if self.place is None and self.kind is None:
@@ -156,7 +164,7 @@ class BlockWeights:
             for_text = rule.place == "te" or rule.place in TEXT_PLACES
             if rule.place is not None and not (text if for_text else model):
                 continue
-            if rule.selector != "all" and not any(map(rule.matches, known)):
+            if rule.selector != "all" and (not any(map(rule.matches, known)) or rule.outside(known)):
                 raise BlockError(
                     "This model has no such block", found=rule.selector, expected=f"one of: {', '.join(described(known))}",
                 )

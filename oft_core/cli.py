@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--allow-pickle", action="store_true", help="also read .bin/.pt files, tensors only")
     for name, choices in ReadOptions.CHOICES.items():
         group.add_argument(f"--{name.replace('_', '-')}", choices=choices, default="auto")
+    group.add_argument("--peft-terms", type=int, default=0, metavar="N", help="terms of PEFT's series (0: as the config says, or 5)")
+    group.add_argument("--peft-coft", type=float, default=0.0, metavar="EPS", help="PEFT's COFT limit (0: as the config says, or none)")
+    group.add_argument("--adapter-name", default="", metavar="NAME", help="which one of several PEFT adapters in a file")
 
     inspect = commands.add_parser("inspect", parents=[reading], help="say what a file is and holds")
     inspect.add_argument("file", metavar="FILE")
@@ -58,12 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--coft", default="file", metavar="|".join((*COFT_CHOICES, "DEGREES")))
     merge.add_argument("--blocks", default="", metavar="TEXT", help="strength by block, for instance 'all=0, output.3-5=1'")
     merge.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of every floating-point tensor in OUT")
+    merge.add_argument("--allow-partial", action="store_true", help="merge what fits of an adapter for another or a larger model")
     merge.set_defaults(run=_merge)
     return parser
 
 
 def _options(args: argparse.Namespace) -> ReadOptions:
-    return ReadOptions(args.allow_pickle, **{name: getattr(args, name) for name in ReadOptions.CHOICES})
+    names = (*ReadOptions.CHOICES, "peft_terms", "peft_coft", "adapter_name")
+    try:
+        return ReadOptions(args.allow_pickle, **{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise AdapterError("A read option is out of range", found=str(error)) from error
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -78,8 +86,15 @@ def _merge(args: argparse.Namespace) -> int:
     if args.blocks.strip():
         adapter = replace(adapter, blocks=BlockWeights.parse(args.blocks))
     bar = _Bar() if sys.stderr.isatty() else None
-    binding = merge_file(adapter, args.base, args.output, strength, dtype=args.dtype, progress=bar)
-    print(f"{adapter.title} ({adapter.dialect}): {len(binding.matched)} of {len(adapter.entries)} layers merged into {args.output}")
+    binding = merge_file(adapter, args.base, args.output, strength, dtype=args.dtype, progress=bar, allow_partial=args.allow_partial)
+    merged = len(binding.matched) - len(binding.idle)
+    print(f"{adapter.title} ({adapter.dialect}): {merged} of {len(adapter.entries)} layers merged into {args.output}")
+    if binding.idle:
+        print(f"note: {len(binding.idle)} layers have strength 0 and were left as they are.")
+    if not merged:
+        print("WARNING: nothing was changed; the output is a copy of the base.", file=sys.stderr)
+    if binding.other_family:
+        print(f"WARNING: the adapter was made for {binding.other_family}, the base is {binding.family}.", file=sys.stderr)
     for note in adapter.notes:
         print(f"note: {printable(note, 1000)}")
     for module, reason in binding.unmatched.items():

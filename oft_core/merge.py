@@ -18,13 +18,15 @@ from .atomic import atomically, check_target
 from .block_weights import factors
 from .blocks import row_norms, store_
 from .constraint import Strength
-from .errors import FileError
-from .names import NameIndex
+from .errors import FileError, ModelMismatch
+from .names import NameIndex, guess_family
 
 #: Bytes copied at once for tensors that stay as they are.
 _COPY = 1 << 24
 #: What stands beside a quantised weight: the stored numbers are then codes, and turned codes would leave their range.
 SCALES = ("scale_weight", "weight_scale", "comfy_quant")
+#: What bitsandbytes stores beside its codes: 4 bits, and 8 bits.
+_BITSANDBYTES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB")
 #: Key in the output's metadata: a JSON list of what was merged, oldest first.
 METADATA_KEY = "oft_merge"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,11 +56,40 @@ class Stored:
         return _NAMES.get(self.code)
 
 
-def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Tensors (in file order) and metadata of a safetensors file, without reading the data. Raises FileError if it is damaged."""
-    path = Path(path)
+#: Kinds of model files that are not read here -> what they are and the way out.
+_OTHER_BASES = {
+    ".gguf": ("a GGUF file, whose weights are quantised", "Merge into the unquantised model and quantise that, or load the file at run time."),
+    **dict.fromkeys(
+        (".ckpt", ".pt", ".pth", ".bin"),
+        ("a pickle, which can run code when it is read", "Save the model as safetensors first (most tools and web UIs can)."),
+    ),
+}
+
+
+def _check_kind(path: Path) -> None:
+    """Raises FileError for what is no safetensors file, saying what it is and what to do."""
+    if path.is_dir():
+        shards = sorted(p.name for p in path.glob("*.safetensors"))
+        found = "an empty folder or one of other files" if not shards else f"a folder with {', '.join(shards[:5])}"
+        if len(shards) > 1:
+            found = f"a folder of {len(shards)} safetensors files, such as {shards[0]}"
+        raise FileError(
+            "The base is a folder", file=path, found=found, expected="one safetensors file",
+            hint="Name the file in it." if len(shards) == 1 else "Join shards into one file first, or name one of them with --allow-partial.",
+        )
     if not path.is_file():
         raise FileError("There is no such file", file=path)
+    kind, hint = _OTHER_BASES.get(path.suffix.lower(), ("", ""))
+    if path.name.lower().endswith(".index.json"):
+        kind, hint = "the list of a sharded model's files", "Join the shards into one file first, or name one of them with --allow-partial."
+    if kind:
+        raise FileError("The base is not a safetensors file", file=path, found=kind, expected="one safetensors file", hint=hint)
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Where the tensors of a safetensors file lie, in file order, and its metadata. Raises FileError for a damaged or other file."""
+    path = Path(path)
+    _check_kind(path)
     try:
         with safe_open(path, "pt"):  # the library checks the header, every offset and the file's size
             pass
@@ -85,13 +116,16 @@ def merge_file(
     *,
     dtype: str = "keep",
     progress: Callable[[int, int], None] | None = None,
+    allow_partial: bool = False,
 ) -> Binding:
-    """Write ``base`` with the adapter's influence to ``out``; returns what was placed.
+    """Write ``base`` with the adapter's influence to ``out``; returns what was placed; ``idle`` are the layers that nothing changed.
 
     The adapter's block strengths count.   base: any safetensors model file or part of one.   dtype: ``keep``, or ``fp32``/``fp16``/``bf16`` for every floating-point tensor.
     progress: called with (bytes done, bytes in all). Every key and all metadata of the base stay; what was merged is added to the
     metadata. With ``keep`` untouched tensors are copied byte for byte. Memory: the adapter and about three times the largest tensor.
-    The file is written under a temporary name beside ``out`` and renamed when it is complete. Raises AdapterError kinds.
+    The file is written under a temporary name beside ``out`` and renamed when it is complete. allow_partial: also merge what fits of
+    an adapter of which layers find no place in a part that the base has, or whose metadata names another family. Raises AdapterError
+    kinds.
     """
     base, out = Path(base), Path(out)
     check_target(out)
@@ -99,8 +133,16 @@ def merge_file(
         if out.exists() and source.exists() and os.path.samefile(out, source):
             raise FileError("The output would overwrite an input", file=out, hint="Choose another output name.")
     stored, metadata = read_header(base)
+    quantised = next((k for k in stored if k.endswith(_BITSANDBYTES)), None)
+    if quantised is not None:
+        raise FileError(
+            "The base is quantised by bitsandbytes, and its codes cannot be rotated", file=base, module=quantised,
+            expected="floating-point weights", hint="Merge into the unquantised model.",
+        )
     index = NameIndex({k: s.shape for k, s in stored.items()})
     binding = adapter.bind(index)
+    if not allow_partial:
+        _check_whole(binding, base)
     share = [1.0] * len(binding.patches)
     if adapter.blocks is not None:
         share = factors(adapter.blocks, index, [(p.key, p.rows) for p in binding.patches])
@@ -117,6 +159,8 @@ def merge_file(
             )
         if at.value != 0:
             jobs.setdefault(patch.key, []).append((patch, at))
+    changed = {patch.module for tensor_jobs in jobs.values() for patch, _ in tensor_jobs}
+    binding.idle = [m for m in binding.matched if m not in changed]
 
     target = None if dtype == "keep" else DTYPES[dtype]
     metadata[METADATA_KEY] = json.dumps(_history(metadata) + [_record(adapter, strength, binding)])
@@ -137,6 +181,22 @@ def merge_file(
     return binding
 
 
+def _check_whole(binding: Binding, base: Path) -> None:
+    """Raises ModelMismatch for an adapter of another family, or of which a part that the base has takes only some layers."""
+    adapter, hint = binding.adapter, "If that is meant, use --allow-partial."
+    if binding.other_family:
+        raise ModelMismatch(
+            "The adapter's metadata names another kind of model", file=adapter.path, found=f"made for {binding.other_family}",
+            expected=f"{binding.family}, as {base.name}", hint=hint,
+        )
+    if binding.missing:
+        raise ModelMismatch(
+            "Not all layers of this adapter have a place in the base", file=adapter.path, module=binding.missing[0],
+            found=f"{len(binding.matched)} of {len(binding.matched) + len(binding.missing)} layers fit, a file for {guess_family(adapter.entries)}",
+            expected=f"all of them in {base.name}, a model of {binding.family}", hint=hint,
+        )
+
+
 def _history(metadata: dict[str, str]) -> list:
     try:
         earlier = json.loads(metadata.get(METADATA_KEY, "[]"))
@@ -149,7 +209,7 @@ def _record(adapter: Adapter, strength: Strength, binding: Binding) -> dict:
     blocks = {} if adapter.blocks is None else {"blocks": str(adapter.blocks)}
     return {
         "adapter": adapter.name, "dialect": adapter.dialect, "strength": strength.value, "mode": strength.mode,
-        "coft": strength.coft, **blocks, "layers": len(binding.matched), "layers_not_found": len(binding.unmatched),
+        "coft": strength.coft, **blocks, "layers": len(binding.matched) - len(binding.idle), "layers_not_found": len(binding.unmatched),
     }
 
 

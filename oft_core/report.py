@@ -128,6 +128,10 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
     if binding is not None and binding.unmatched:
         first = next(iter(binding.unmatched))
         warnings.append(f"{len(binding.unmatched)} layers found no place in this model, e.g. {first}")
+    if binding is not None:
+        warnings += _misplaced(binding)
+    if measures.top is not None and not (strength is not None and isinstance(strength.coft, float)):  # a limit of the user's is no training
+        warnings += _untrained(adapter, rotations, math.degrees(measures.top))
     if strength is not None and strength.mode != "linear" and measures.reach is not None:
         reach = math.degrees(measures.reach)
         if reach > 120:
@@ -151,6 +155,37 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         strength=None if strength is None else {"value": strength.value, "mode": strength.mode, "coft": strength.coft},
         notes=list(adapter.notes), warnings=warnings,
     )
+
+
+#: Degrees. Below the first a file does nothing that a picture shows; above the second a training has lost its way.
+_NOTHING_LEARNT, _DIVERGED = 0.05, 150.0
+
+
+def _misplaced(binding: Binding) -> list[str]:
+    """Plain words for a file that is probably for another model."""
+    out = []
+    if binding.other_family:
+        out.append(f"The file says that it was made for {binding.other_family}; this model is {binding.family}.")
+    here = len(binding.matched) + len(binding.missing)
+    if len(binding.missing) > here // 3:
+        out.append(
+            f"Only {len(binding.matched)} of {here} layers fit: the file was probably made for another model "
+            f"(its names: {guess_family(binding.adapter.entries)}; this model: {binding.family})."
+        )
+    return out
+
+
+def _untrained(adapter: Adapter, rotations: list[LayerRotation], top: float) -> list[str]:
+    """Plain words for a training that taught nothing or diverged. top: largest angle at strength 1 in degrees."""
+    others = any(r.row_scale is not None or r.col_scale is not None or r.added is not None for r in rotations)
+    others = others or any(e.dialect == "F5d" for e in adapter.entries.values())
+    if top == 0 and not others:
+        return ["All rotations in this file are zero: it changes nothing."]
+    if top < _NOTHING_LEARNT and not others:
+        return [f"The largest angle is {top:.1g}\N{DEGREE SIGN}: this file changes next to nothing; its training has hardly begun."]
+    if top > _DIVERGED:
+        return [f"Planes turn by up to {top:.0f}\N{DEGREE SIGN} at strength 1: its training has probably diverged."]
+    return []
 
 
 def _operations(adapter: Adapter, binding: Binding | None) -> dict[str, list[LayerRotation | Diff]]:

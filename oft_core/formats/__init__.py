@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from . import comfy, kohya, lycoris, onetrainer, paper, peft
 from .common import Context, Maker, Module, Piece, ReadOptions
+from .keys import group, peft_reason, speaks_of_oft
 
-__all__ = ["DIALECTS", "Context", "Dialect", "Maker", "Module", "Piece", "ReadOptions", "detect", "group", "reader", "what_is_it"]
+__all__ = [
+    "DIALECTS", "Context", "Dialect", "Maker", "Module", "Piece", "ReadOptions", "detect", "group", "peft_reason",
+    "reader", "what_is_it",
+]
 
 
 @dataclass(frozen=True)
@@ -50,67 +52,10 @@ DIALECTS: dict[str, Dialect] = {
     )
 }
 
-_DOTTED = (
-    "oft_R.weight", "oft_R.scaled_oft", "oft_R.clipped_oft", "oft_R.cans_oft", "oft_R.cans_exp",
-    "oft_embedding_R.weight", "oft_rotation.weight", "oft_blocks", r"oft_blocks\.(?:0|[1-9][0-9]{0,3})", "oft_diag", "alpha", "rescale",
-    "oft_r", "oft_s", "boft_R", "boft_s", "boft_P",
-    "dora_scale", "initial_norm", "dora_multiplier", "dora_log_multiplier", "dora_log_multiplier_row", "dora_log_multiplier_col",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_magnitude_vector.weight",
-    "diff", "diff_b", "w_norm", "b_norm", "oft_R.neumann_terms", "I", r"\w+_metadata", r"oft_\w+_buffer",
-    # paper repository, below ...processor.to_q_oft
-    "R", "cross_attention_dim", "hidden_size", "oft_eps", "oft_is_coft", "rows", "cols",
-)
-#: OneTrainer glued these to the flattened module name.
-_GLUED = ("initial_norm", "dora_scale", "dora_multiplier", "dora_log_multiplier")
-_KEY = re.compile(
-    r"(?P<module>.+?)(?:\.(?P<suffix>" + "|".join(sorted(_DOTTED, key=len, reverse=True)) + r")|_(?P<glued>"
-    + "|".join(sorted(_GLUED, key=len, reverse=True)) + r"))$"
-)
-_PAPER = re.compile(r"^(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_oft$")
-#: PEFT keeps trained biases and modules as they are in the model: all of a parameter, under the model's own name.
-_WHOLE = re.compile(
-    r"base_model\.model\.(?P<module>(?!.*(?:lora_|original_module)).+?)(?:\.base_layer|\.modules_to_save)?\.(?P<param>weight|bias)$"
-)
-_CORE = ("oft_R.weight", "oft_rotation.weight", "oft_embedding_R.weight", "boft_R", "oft_r", "oft_blocks", "oft_diag", "R")
 _EXTRAS = (
     "dora_scale", "dora_multiplier", "dora_log_multiplier", "dora_log_multiplier_row", "dora_log_multiplier_col",
     "oft_R.clipped_oft", "oft_R.cans_oft", "oft_R.cans_exp",
 )
-
-
-def group(tensors: Mapping[str, Tensor], context: Context) -> tuple[dict[str, Module], list[str]]:
-    """Sort keys into modules -> (modules by name, keys that are not understood).
-
-    ``.default`` segments of live PEFT state dicts are noise; mangled spellings of one module (dots instead of underscores) meet.
-    """
-    names: dict[str, str] = {}
-    modules: dict[str, Module] = {}
-    unknown: list[str] = []
-    for key, tensor in tensors.items():
-        plain = re.sub(r"\.default(?=\.|$)", "", key)
-        match = _KEY.match(plain)
-        if match is not None:
-            name, suffix = match["module"], match["suffix"] or match["glued"]
-        elif context.peft_keys and (match := _WHOLE.match(plain)):
-            name, suffix = f"base_model.model.{match['module']}", {"weight": "whole", "bias": "whole_b"}[match["param"]]
-        else:
-            # PEFT also writes the frozen original of a module that was trained whole.
-            if not (context.peft_keys and ".original_module." in plain):
-                unknown.append(key)
-            continue
-        attention = _PAPER.match(name)
-        if attention is not None:
-            name = f"{attention['block']}.{attention['layer']}" + (".0" if attention["layer"] == "to_out" else "")
-        elif suffix in ("R", "cross_attention_dim", "hidden_size", "oft_eps", "oft_is_coft", "rows", "cols"):
-            unknown.append(key)
-            continue
-        flat = name.replace(".", "_")
-        known = names.setdefault(flat, name)
-        module = modules.setdefault(flat, Module(known, {}, context))
-        if any(suffix == c or suffix.startswith("oft_blocks.") for c in _CORE):
-            module.name = name
-        module.tensors[suffix] = tensor
-    return {m.name: m for m in modules.values()}, unknown
 
 
 def detect(module: Module) -> tuple[str, str] | None:
@@ -121,8 +66,9 @@ def detect(module: Module) -> tuple[str, str] | None:
     if has("oft_rotation.weight"):
         return "F14", "oft_rotation.weight (Takenoko)"
     if has("oft_R.weight") or has("oft_embedding_R.weight"):
-        if has("oft_embedding_R.weight") or context.peft_keys:
-            return peft.series(context)[2], "oft_R.weight under PEFT's key names"
+        if has("oft_embedding_R.weight") or context.peft:
+            core = "oft_R.weight" if has("oft_R.weight") else "oft_embedding_R.weight"
+            return peft.series(context)[2], f"{core} with {context.peft}" if context.peft else core
         if any(s.endswith("_metadata") for s in module.tensors):
             return "F13", "oft_R.weight with *_metadata values"
         extras = [s for s in _EXTRAS if has(s)]
@@ -179,7 +125,9 @@ def reader(module: Module, dialect: str) -> Maker:
 
 
 def what_is_it(keys: list[str]) -> str:
-    """What a file without OFT layers seems to be, in words."""
+    """What a file without readable OFT layers seems to be, in words."""
+    if speaks_of_oft(keys):
+        return "one whose OFT keys are not of a known form"
     signs = (
         ("hada_w1_a", "a LoHa adapter"), ("lokr_w", "a LoKr adapter"), (".b1.weight", "a GLoRA adapter"),
         ("vera_lambda", "a VeRA adapter"), ("hra_u", "an HRA adapter"), ("on_input", "an IA3 adapter"),

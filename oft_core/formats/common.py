@@ -20,8 +20,14 @@ from ..rotation import block_size_of, pack_skew
 class ReadOptions:
     """What tensors alone cannot tell; ``auto`` follows metadata, then the documented default.
 
-    allow_pickle: read .bin/.pt files (with ``weights_only=True``).   peft_neumann: series of ``oft_R`` files,
-    ``old`` (PEFT 0.16-0.17, OneTrainer until 2025-11-15) or ``new``.
+    allow_pickle: read .bin/.pt files (with ``weights_only=True``).   peft_neumann: how ``oft_R`` files build their matrices, by the
+    ``old`` series (PEFT 0.16-0.17, OneTrainer until 2025-11-15), the ``new`` one, or PEFT's ``exact`` Cayley transform
+    (``use_cayley_neumann=False``).   peft_terms: terms of PEFT's series, 1 to 1000.   peft_coft: eps of PEFT's COFT limit.
+    For both 0 means as the config says, without one 5 terms and no limit.
+    oft_writer: whose ``oft_R`` files under bare names are, ``peft`` or ``onetrainer``: these turn convolutions in opposite directions.
+    peft_base: what becomes of the base model's tensors in the saved state of a whole PEFT model, ``ignore`` or ``apply``; auto: only
+    the biases count that the config calls trained.
+    adapter_name: which one of several PEFT adapters in a file.
     alpha_rule: limit of ``oft_blocks`` files, ``scaled`` (alpha times output size) or ``raw`` (ComfyUI's trainer).
     scaled_divisor: of ``scaled_oft`` files, ``new`` 2 sqrt(b-1) or ``old`` sqrt(b(b-1)/2) (fork files before March 2026).
     rotate_bias: kohya files of 2023 rotated the bias as well while training; default off, as that tool's own merge.
@@ -35,20 +41,31 @@ class ReadOptions:
     rotate_bias: str = "auto"
     oft_diag: str = "auto"
     boft_conv: str = "auto"
+    oft_writer: str = "auto"
+    peft_base: str = "auto"
+    peft_terms: int = 0
+    peft_coft: float = 0.0
+    adapter_name: str = ""
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "peft_neumann": ("auto", "old", "new"),
+        "peft_neumann": ("auto", "old", "new", "exact"),
         "alpha_rule": ("auto", "scaled", "raw"),
         "scaled_divisor": ("auto", "new", "old"),
         "rotate_bias": ("auto", "on", "off"),
         "oft_diag": ("auto", "rotation", "additive"),
         "boft_conv": ("auto", "old", "new"),
+        "oft_writer": ("auto", "peft", "onetrainer"),
+        "peft_base": ("auto", "ignore", "apply"),
     }
 
     def __post_init__(self) -> None:
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not 0 <= self.peft_terms <= 1000:
+            raise ValueError(f"peft_terms must be 0 (as the config says) to 1000, not {self.peft_terms!r}")
+        if not 0 <= self.peft_coft < math.inf:
+            raise ValueError(f"peft_coft must be 0 (as the config says) or a positive number, not {self.peft_coft!r}")
 
 
 @dataclass(frozen=True)
@@ -66,13 +83,17 @@ Maker = Callable[[Sequence[int] | None], list[Piece]]
 
 @dataclass
 class Context:
-    """Facts about the whole file that readers may need."""
+    """Facts about the whole file that readers may need.
+
+    peft: why the key names are PEFT's, "" if they are not.   base: how many tensors of a base model the file holds.
+    """
 
     file: str
     metadata: Mapping[str, str]
     config: Mapping[str, object] | None
     options: ReadOptions
-    peft_keys: bool = False
+    peft: str = ""
+    base: int = 0
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -112,7 +133,7 @@ class Context:
         return any(k.startswith("ss_") for k in self.metadata) or "lycoris_config" in self.metadata
 
 
-@dataclass
+@dataclass(slots=True)
 class Module:
     """All tensors of one adapted layer, by suffix."""
 
@@ -142,6 +163,17 @@ class Module:
         t = self.get(suffix)
         if t.ndim != ndim or t.shape[-1] != t.shape[-2] or t.numel() == 0:
             raise self.shape_error(f"'{suffix}' must hold square blocks", tuple(t.shape), "(" + "n, " * (ndim - 2) + "b, b)")
+        return t
+
+    def butterfly(self, suffix: str, first_permuted: bool) -> Tensor:
+        """Butterfly factors (stages, n, b, b) in float32. first_permuted: whether stage 0 reorders entries too (LyCORIS).
+
+        Raises ShapeError for other shapes.
+        """
+        t = self.blocks(suffix, 4)
+        stages, n, b, _ = t.shape
+        if (stages > 1 or first_permuted) and (b % 2 or n % 2 ** min(stages - 1, 62)):
+            raise self.shape_error("These factors do not form a butterfly", tuple(t.shape), "even b, n divisible by 2^(stages-1)")
         return t
 
     def packed(self, suffix: str) -> tuple[Tensor, int]:
@@ -176,6 +208,11 @@ def series_terms(number: float | None, context: Context) -> int:
 def skew_pack(a: Tensor, half: bool = False) -> Tensor:
     """Stored square blocks A (..., b, b) -> packed A - A^T, or (A - A^T)/2 if ``half``."""
     return pack_skew(a - a.transpose(-1, -2)) * (0.5 if half else 1.0)
+
+
+def scaled(packed: Tensor, by: float) -> Tensor:
+    """The vectors times a number; the file's own where it is 1, for they may be all of a large file."""
+    return packed if by == 1 else packed * by
 
 
 def frobenius(packed: Tensor, per_block: bool) -> Tensor:

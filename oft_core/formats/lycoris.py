@@ -62,10 +62,8 @@ def is_additive(module: Module) -> bool:
 
 def read_f4(module: Module) -> Maker:
     """F4: ``oft_blocks`` (stages, n, b, b); butterfly of cayley(A - A^T), not transposed; one limit over all stages."""
-    blocks = module.blocks("oft_blocks", 4)
-    stages, n, b, _ = blocks.shape
-    if b % 2 or n * b % (2 ** (stages - 1) * b):
-        raise module.shape_error("These blocks do not form a butterfly", tuple(blocks.shape), "even b, n divisible by 2^(stages-1)")
+    blocks = module.butterfly("oft_blocks", True)
+    _, n, b, _ = blocks.shape
     packed = skew_pack(blocks)
     constraint, alpha = limit_for(module, packed, n * b, smooth=False)
     rotation = LayerRotation(
@@ -78,6 +76,6 @@ def read_f4(module: Module) -> Maker:
 
 def read_f4_diag(module: Module) -> Maker:
     """F4a: ``oft_diag`` (stages, n, b, b), finished butterfly factors."""
-    m = module.blocks("oft_diag", 4).contiguous()
+    m = module.butterfly("oft_diag", True).contiguous()
     rotation = LayerRotation("out", m.shape[-1], m.shape[1], kind="matrix", matrix=m, butterfly="lycoris")
     return lambda shape: [Piece(rotation)]

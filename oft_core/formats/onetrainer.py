@@ -6,13 +6,14 @@ All store packed skew vectors on the input side and, unlike PEFT, rotate convolu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
 
 from ..constraint import Constraint
 from ..layer import LayerRotation
-from .common import Maker, Module, Piece, block_count, conv_like, frobenius, series_terms, truth
+from .common import Maker, Module, Piece, block_count, conv_like, frobenius, scaled, series_terms, truth
 
 #: OneTrainer dropped COFT on this day; its configs up to then may switch it on.
 COFT_EPS = 1e-4
@@ -84,6 +85,8 @@ def read_oft_v2(module: Module) -> Maker:
     packed, b = module.packed("oft_rotation.weight" if takenoko else "oft_R.weight")
     stored = packed.shape[1]
     exponential = "oft_R.cans_exp" in module
+    if module.context.options.peft_neumann == "exact":
+        raise module.format_error("OneTrainer's files have no exact transform of PEFT's kind", found="peft_neumann=exact", expected="old or new")
     kind, terms = ("neumann_old" if old_series(module) else "neumann"), series_terms(module.number("oft_R.neumann_terms") or None, module.context)
     if exponential:
         kind = "expm"
@@ -109,9 +112,11 @@ def read_oft_v2(module: Module) -> Maker:
             by = math.sqrt(b - 1) * (2 if conv else 1) if flag(module, "oft_R.scaled_oft") else 1.0
         else:
             by = divisor(module, b)
+        if conv and not module.context.metadata and re.match(r"(?!lora_|oft|diffusion_model\.)[^.]+\.", module.name):
+            module.context.note("Convolutions are turned as OneTrainer does; if PEFT wrote this file, use read option oft_writer.")
         sign = direction * (-1.0 if conv else 1.0)
         rotation = LayerRotation(
-            "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=packed * (sign / by),
+            "in", b, block_count(module, stored, b, shape, "in", True), kind, terms, generator=scaled(packed, sign / by),
             constraint=coft_limit(module, packed, conv),
             clip=clip, row_scale=ratio, norm_of=norm_of, added=None if lokr is None else lokr_delta(module, *lokr, shape),
             col_scale=columns,
@@ -138,12 +143,17 @@ def dora_factor(module: Module) -> tuple[torch.Tensor | None, str]:
             norm_of = "base"
     for suffix in ("dora_log_multiplier", "dora_log_multiplier_row"):
         if suffix in module:
-            extra = module.row_factors(suffix).exp()
-            factor = extra if factor is None else factor * extra
+            factor = _times(module, factor, suffix, module.row_factors(suffix).exp())
     if "dora_multiplier" in module:
-        extra = module.row_factors("dora_multiplier")
-        factor = extra if factor is None else factor * extra
+        factor = _times(module, factor, "dora_multiplier", module.row_factors("dora_multiplier"))
     return factor, norm_of
+
+
+def _times(module: Module, factor: torch.Tensor | None, suffix: str, extra: torch.Tensor) -> torch.Tensor:
+    """The product of a layer's row factors. Raises ShapeError for factors of different length."""
+    if factor is not None and factor.shape != extra.shape:
+        raise module.shape_error(f"'{suffix}' does not fit the layer's other row factors", extra.numel(), factor.numel())
+    return extra if factor is None else factor * extra
 
 
 def lokr_factors(module: Module) -> tuple[torch.Tensor, torch.Tensor, float] | None:

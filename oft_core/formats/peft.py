@@ -17,6 +17,7 @@ from .common import (
     block_count,
     conv_like,
     frobenius,
+    scaled,
     series_terms,
     side_length,
     skew_pack,
@@ -27,7 +28,11 @@ DEFAULT_EPS = 6e-5
 
 
 def coft(context: Context) -> float | None:
-    """eps of PEFT's constrained OFT, or None if the config does not switch it on."""
+    """eps of PEFT's constrained OFT, or None if neither the read option nor the config switches it on."""
+    if context.options.peft_coft:
+        return context.options.peft_coft
+    if context.config is None:
+        context.note("No adapter_config.json beside the file: no COFT limit assumed (read option peft_coft).")
     config = context.config or {}
     return context.limit("eps", context.number("eps", config.get("eps"), DEFAULT_EPS)) if truth(config.get("coft")) else None
 
@@ -50,17 +55,19 @@ def read_f6(module: Module) -> Maker:
     eps = coft(module.context)
 
     def make(shape: Sequence[int] | None) -> list[Piece]:
-        count = stored
-        size = None
+        count, size = stored, None
         if shape is not None:
-            count = math.ceil(shape[0] / d) if stored == 1 and shared(module.context) else stored
-            # r blocks of ceil(out/r): PEFT cuts what hangs over the edge, so less than one block may be too much.
-            if count * d != shape[0] and (count - 1) * d < shape[0] < count * d:
+            # r blocks of ceil(out/r) each; PEFT cuts what hangs over the edge, which may be whole blocks (r = 7 on 24 outputs).
+            count = math.ceil(shape[0] / d)
+            if stored == 1 and not shared(module.context) or stored > 1 and d != math.ceil(shape[0] / stored):
+                count = stored  # for another layer; refused when it is bound
+            elif count * d != shape[0]:
                 size = shape[0]
+        kept = packed if stored == 1 else packed[:, :count]
         limit = None if eps is None else Constraint(
-            "PEFT <= 0.13: eps x block size^2 / sqrt(blocks), per block", eps * d * d / math.sqrt(stored), _raw_norms(a)
+            "PEFT <= 0.13: eps x block size^2 / sqrt(blocks), per block", eps * d * d / math.sqrt(stored), _raw_norms(a)[: kept.shape[1]]
         )
-        return [Piece(LayerRotation("out", d, count, generator=packed, constraint=limit, size=size))]
+        return [Piece(LayerRotation("out", d, count, generator=kept, constraint=limit, size=size))]
 
     return make
 
@@ -85,25 +92,31 @@ def read_f7(module: Module) -> Maker:
 
 
 def series(context: Context) -> tuple[str, int, str]:
-    """(kind, terms, format id) of an ``oft_R`` file made by PEFT: F8 with the old series or F9 with the new."""
-    config = context.config
-    old = False
-    if context.options.peft_neumann != "auto":
-        old = context.options.peft_neumann == "old"
-    elif config is not None:
+    """(kind, terms, format id) of an ``oft_R`` file made by PEFT: F8 with the old series or F9 with the new.
+
+    Read options go before the config.
+    """
+    config, options = context.config, context.options
+    chosen = options.peft_neumann
+    name = "num_cayley_neumann_terms"
+    terms = series_terms(options.peft_terms or context.number(name, (config or {}).get(name), 5), context)
+    old = chosen == "old"
+    if chosen == "auto" and config is not None:
         # Versions from 0.18 on write peft_version; a config without it is older.
         version = str(config.get("peft_version") or "0.17")
         numbers = [int(n) for n in version.split("+")[0].split("@")[0].split(".")[:2] if n.isdecimal()]
         old = numbers < [0, 18]
         if "peft_version" not in config:
             context.note("The config has no peft_version, so the series of PEFT 0.16-0.17 is used (read option peft_neumann).")
-    else:
-        context.note("No adapter_config.json beside the file: PEFT's newer series and no COFT limit assumed (peft_neumann).")
-    if config is not None and not truth(config.get("use_cayley_neumann", True)):
-        return "cayley", 5, "F8" if old else "F9"
-    name = "num_cayley_neumann_terms"
-    terms = series_terms(context.number(name, (config or {}).get(name), 5), context)
-    return ("neumann_old" if old else "neumann"), terms, "F8" if old else "F9"
+    if config is None and chosen in ("auto", "new", "old"):
+        which = "older" if old else "newer"
+        context.note(
+            f"No adapter_config.json beside the file: PEFT's {which} series of {terms} terms assumed (read options peft_neumann, "
+            "which also knows the exact transform of use_cayley_neumann=False, and peft_terms)."
+        )
+    exact = chosen == "exact" or chosen == "auto" and config is not None and not truth(config.get("use_cayley_neumann", True))
+    kind = "cayley" if exact else "neumann_old" if old else "neumann"
+    return kind, terms, "F8" if old else "F9"
 
 
 def read_f9(module: Module) -> Maker:
@@ -127,17 +140,15 @@ def read_f9(module: Module) -> Maker:
             module.context.note(
                 "Convolutions larger than 1x1: PEFT's training forward is not its merge; the merge formula is applied."
             )
-        return [Piece(LayerRotation("in", b, count, kind, terms, generator=sign * packed, constraint=limit))]
+        return [Piece(LayerRotation("in", b, count, kind, terms, generator=scaled(packed, sign), constraint=limit))]
 
     return make
 
 
 def read_f10(module: Module) -> Maker:
     """F10 (PEFT BOFT): ``boft_R`` (factors, n, b, b) on the input side, M = product of cayley(-(A - A^T)/2), rows times ``boft_s``."""
-    a = module.blocks("boft_R", 4)
-    stages, n, b, _ = a.shape
-    if stages > 1 and (b % 2 or n % 2 ** (stages - 1)):
-        raise module.shape_error("These factors do not form a butterfly", tuple(a.shape), "even b, n divisible by 2^(factors-1)")
+    a = module.butterfly("boft_R", False)
+    _, n, b, _ = a.shape
     packed = -skew_pack(a, half=True)
     factors = module.row_factors("boft_s") if "boft_s" in module else None
     choice = module.context.options.boft_conv

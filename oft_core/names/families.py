@@ -68,6 +68,27 @@ def _unet_family(unet: Mapping[str, Sequence[int]]) -> str:
     return "unet"
 
 
+#: What trainers call families in ``ss_base_model_version`` and ``modelspec.architecture``.
+_SAID = (
+    ("sdxl", re.compile(r"sdxl|stable-diffusion-xl")),
+    ("sd1", re.compile(r"sd[_-]?v?1|stable-diffusion-v?1")),
+    ("sd2", re.compile(r"sd[_-]?v?2|stable-diffusion-v?2")),
+    ("sd3", re.compile(r"sd[_-]?v?3|stable-diffusion-v?3")),
+    ("flux", re.compile(r"flux[._-]?1")),
+)
+DECLARED = frozenset(family for family, _ in _SAID)
+
+
+def declared_family(metadata: Mapping[str, str]) -> str:
+    """The family that a file's metadata names: one of `DECLARED`, "" if it names none of them."""
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        said = metadata.get(key, "").strip().lower()
+        found = next((family for family, pattern in _SAID if pattern.match(said)), "")
+        if found:
+            return found
+    return ""
+
+
 _FLUX_FILE = re.compile(
     r"(?:double|single)_blocks_\d+_(?:img_|txt_|linear|modulation)|single_transformer_blocks_\d+_"
 )

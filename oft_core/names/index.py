@@ -117,6 +117,10 @@ class NameIndex:
                     return list(hit[1])
         return []
 
+    def has(self, part: str) -> bool:
+        """Whether the model has this part: "unet", "te1", "te2" or "te3"."""
+        return bool(self._tables[part])
+
     def spelling(self, key: str) -> Spelling | None:
         """What the weight of this parameter key is called in either layout; None for keys that are no module's weight."""
         return self._spellings.get(key)

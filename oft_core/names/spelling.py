@@ -43,6 +43,12 @@ _CLIP_PATH = re.compile(
 )
 
 _NOISE = re.compile(r"\.default(?=\.|$)|[._]processor(?=[._]to_)")
+# What torch.compile, DataParallel, FSDP and activation checkpointing put around modules, and DiffSynth's pipeline in front of them.
+# A bare `module` is a word of its own only between dots or in front; the others are nobody else's words.
+_WRAPPERS = re.compile(
+    r"(?:(?<=[._])|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]|(?:(?<=\.)|^)module\."
+    r"|^module_(?=(?:lora|oft|lycoris|base_model)_)|(?:(?<=[._])|^)pipe[._]dit[._]|(?:(?<=\.)|^)pipe\.(?=unet\.|transformer\.|text_encoder)"
+)
 
 # One step each: what may stand in front of a module path in an adapter file. A group, if any, is the text
 # encoder's number or name. Before `blocks`, `transformer` needs its dot, or the bare name
@@ -63,6 +69,7 @@ _STEPS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"te([123]?)\."), "te"),
     (re.compile(r"transformer(?:\.(?!resblocks\.)|_(?!blocks[._]|resblocks[._]))"), "transformer"),
     (re.compile(r"model[._]"), None),
+    (re.compile(r"module[._]"), None),
 )
 
 
@@ -85,9 +92,17 @@ def underscored(name: str) -> str:
     return name.replace(".", "_")
 
 
+def unwrapped(name: str) -> str:
+    """The name without what wrappers of models (`_orig_mod.`, `module.`, `pipe.dit.` ...) put into it, dotted or underscored."""
+    # Most names have none of these, and there may be very many names.
+    if "module" in name or "_orig_mod" in name or "pipe" in name:
+        return _WRAPPERS.sub("", name)
+    return name
+
+
 def clean(module: str) -> str:
-    """The module name without segments that mean nothing (`.default`, `.processor`)."""
-    return _NOISE.sub("", module)
+    """The module name without segments that mean nothing (`.default`, `.processor`, wrappers)."""
+    return _NOISE.sub("", unwrapped(module))
 
 
 def is_t5_path(path: str) -> bool:

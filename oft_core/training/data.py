@@ -1,31 +1,28 @@
-"""Pictures and captions: reading, aspect-ratio buckets, and an order that is a pure function of the seed.
+"""Training examples: aspect-ratio buckets, captions, records, and an order that is a pure function of the seed.
 
-Needs Pillow for reading pictures (ComfyUI has it); everything else is plain Python. What a host caches for a record (latents, text
-embeddings) is its own business; ``Record`` says what there is to cache.
+What a host caches for a record (latents, text embeddings) is its own business; ``Record`` says what there is to cache.
 """
 
 from __future__ import annotations
 
-import codecs
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, raise_faults
+from .folder import read, scan, some
+from .pictures import Picture, fitted, open_mask, open_picture, spread, to_tensor
 from .seeds import generator
 
 #: Stands for the trigger word in captions.
 TRIGGER = "[trigger]"
-PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
-#: What systems keep in folders of pictures, besides names that begin with a dot.
-_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")
+#: A picture that loses a larger share of its area to its bucket is named.
+MOST_LOST = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Record:
 
     name: file path or any label that is unique in the set.   caption.   bucket: (width, height) in pixels that it is fitted to.
     repeats: how often it is seen an epoch.   flip: mirrored copy.   has_mask: a mask goes with it.   role: ``instance`` or ``class``.
+    mask: file of the mask, None if it is the picture's transparency or the host has it.
     """
 
     name: str
@@ -43,6 +41,7 @@ class Record:
     flip: bool = False
     has_mask: bool = False
     role: str = "instance"
+    mask: str | None = None
 
 
 # -------------------------------------------------------------------- buckets
@@ -69,54 +68,13 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) ->
     return min(buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - want), -b[0] * b[1]))
 
 
-# -------------------------------------------------------------------- reading
+def lost(size: tuple[int, int], bucket: tuple[int, int]) -> float:
+    """The share of a picture's area, 0 to below 1, that is cut off to fit it to the bucket; both (width, height)."""
+    low, high = sorted((size[0] * bucket[1], size[1] * bucket[0]))
+    return 1 - low / high
 
 
-def find_pictures(folder: str | os.PathLike) -> list[Path]:
-    """Picture files directly in the folder, sorted by name; not hidden ones, such as macOS's "._a.jpg".
-
-    Raises ConfigError if there is none.
-    """
-    files = _files(folder)
-    found = [p for p in files if p.suffix.lower() in PICTURES]
-    if not found:
-        others = ", ".join(p.name for p in files[:5])
-        raise ConfigError(
-            "The folder holds no pictures", file=folder, found=others or None, expected="files ending in " + ", ".join(PICTURES)
-        )
-    return found
-
-
-def left_out(folder: str | os.PathLike) -> list[Path]:
-    """Files directly in the folder that are neither pictures of a known kind nor captions, sorted by name.
-
-    Raises ConfigError if there is no such folder.
-    """
-    return [p for p in _files(folder) if p.suffix.lower() not in (*PICTURES, ".txt") and p.name.lower() not in _OF_THE_SYSTEM]
-
-
-def _files(folder: str | os.PathLike) -> list[Path]:
-    """Files directly in the folder, sorted by name, without hidden ones."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError("There is no such folder", file=folder)
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
-
-
-def caption_of(picture: Path, prompt: str = "", trigger: str = "") -> str:
-    """The text of ``name.txt`` beside the picture (one line), else ``prompt``; [trigger] stands for the trigger word.
-
-    A trigger that a caption does not mention is put in front of it. Raises ConfigError for a text that is neither UTF-8 nor
-    UTF-16 with its mark.
-    """
-    beside = caption_beside(picture)
-    return with_trigger(prompt if beside is None else beside, trigger)
-
-
-def caption_beside(picture: Path) -> str | None:
-    """The text of ``name.txt`` beside the picture as one line, None without that file. Raises ConfigError as ``caption_of``."""
-    beside = picture.with_suffix(".txt")
-    return " ".join(_read_text(beside).split()) if beside.is_file() else None
+# -------------------------------------------------------------------- captions
 
 
 def filled(text: str, trigger: str) -> str:
@@ -137,100 +95,113 @@ def with_trigger(text: str, trigger: str) -> str:
     return f"{trigger}, {text}" if text else trigger
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "This caption cannot be read", file=path, found=str(error), expected="UTF-8 text", hint="Save it as UTF-8 in your editor."
-        ) from error
+# -------------------------------------------------------------------- records
 
 
-def _eight_bits(picture):
-    """Grey pictures of 16 bits as "L": Pillow's own conversion cuts everything above 255 off."""
-    from PIL import Image
+def make_records(
+    pictures: Iterable[Picture], resolution: int, *, prompt: str = "", trigger: str = "", step: int = 64, longest: float = 2.0,
+    repeats: int = 1, flips: bool = False, square: bool = False, role: str = "instance",
+) -> tuple[list[Record], list[str]]:
+    """A record for every picture (and its mirror image, with ``flips``), and what a person should know of them, a line each.
 
-    if not picture.mode.startswith("I"):
-        return picture
-    values = np.asarray(picture).astype(np.int64)
-    if picture.mode == "I" and values.max() <= 255:  # eight bits, kept in 32
-        return picture.convert("L")
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"grey values from {values.min()} to {values.max()}")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
-def open_picture(path: str | os.PathLike):
-    """(RGB picture upright by its EXIF orientation, alpha as an "L" picture or None), as Pillow images.
-
-    Of several frames the first. Fully opaque alpha counts as none. Raises ConfigError if Pillow cannot read the file, if it has more
-    pixels than Pillow opens, or if its values are no grey or colour of 8 or 16 bits.
+    A picture without a caption takes what it has otherwise, else ``prompt``; its repeats count ``repeats`` times.   square: one square
+    bucket for all.   The pictures are looked at one after the other. Raises ConfigError for pictures of which nothing counts.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    if repeats < 1:
+        raise ConfigError("Option 'repeats' is out of range", found=repeats, expected="1 or more")
+    buckets = [(max(step, resolution // step * step),) * 2] if square else make_buckets(resolution, step, longest)
+    records: list[Record] = []
+    faults: list[ConfigError] = []
+    remarks: dict[str, list[str]] = {}
+    cut: list[tuple[float, str, tuple[int, int]]] = []
+    count = own = small = without_word = 0
+    elsewhere = set()
+    for picture in pictures:
+        bucket = nearest_bucket(picture.image.size, buckets)
+        if picture.mask is not None and (fault := _nothing_counts(picture, bucket)):
+            faults.append(fault)
+        written = picture.caption or picture.otherwise or prompt
+        count += 1
+        own += bool(picture.caption)
+        if not picture.caption:
+            without = "only the trigger word" if trigger else "none"
+            elsewhere.add("the name of their subfolder" if picture.otherwise else "the instance prompt" if prompt.strip() else without)
+        small += picture.image.size[0] < bucket[0] or picture.image.size[1] < bucket[1]
+        without_word += not trigger and TRIGGER in written
+        if (share := lost(picture.image.size, bucket)) > MOST_LOST:
+            cut.append((share, picture.label, picture.image.size))
+        for remark, name in picture.remarks:
+            remarks.setdefault(remark, []).append(name)
+        caption, masked = with_trigger(written, trigger), picture.mask is not None
+        for flip in (False, True) if flips else (False,):
+            records.append(
+                Record(picture.name, caption, bucket, picture.repeats * repeats, flip, masked, role, picture.mask_file)
+            )
+    raise_faults(faults)
+    notes = [f"{remark}: {some(names)}" for remark, names in remarks.items()]
+    others = f"; the others have {' or '.join(sorted(elsewhere))}" if elsewhere else ""
+    notes.append(f"{own} of {count} pictures have captions of their own{others}.")
+    if small:
+        notes.append(f"{small} pictures are smaller than their size in training and are enlarged.")
+    if cut:
+        notes.append(_cut_off(cut, buckets, square, longest))
+    if without_word:
+        notes.append(f"There is no trigger word: {TRIGGER} was taken out of {without_word} caption{'s' * (without_word > 1)}.")
+    if not any(r.caption for r in records):
+        notes.append("No picture has a caption. An instance prompt with a trigger word teaches a subject better.")
+    return records, notes
 
-    try:
-        with Image.open(path) as file:
-            if file.mode == "F":
-                raise ValueError("grey values in floating point, of which no range is known")
-            picture = _eight_bits(ImageOps.exif_transpose(file))
-            has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-            picture = picture.convert("RGBA" if has_alpha else "RGB")
-    except Image.DecompressionBombError as error:
-        raise ConfigError(
-            "This picture has too many pixels to be opened", file=path, found=str(error), expected=f"at most {2 * Image.MAX_IMAGE_PIXELS}",
-            hint="Scale it down; training uses far fewer.",
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError("This picture cannot be read", file=path, found=str(error)) from error
-    if not has_alpha:
-        return picture, None
-    alpha = picture.getchannel("A")
-    return picture.convert("RGB"), None if alpha.getextrema()[0] == 255 else alpha
+
+def _nothing_counts(picture: Picture, bucket: tuple[int, int]) -> ConfigError | None:
+    """What is wrong with a mask that is black wherever the picture is used."""
+    if fitted(picture.mask, bucket).getextrema()[1]:
+        return None
+    what, hint = picture.mask_is
+    where = "everywhere"
+    if picture.mask.getextrema()[1]:
+        where = f"in the {bucket[0]} x {bucket[1]} pixels that are cut from it"
+        hint = "Cut the picture yourself, so that what counts is in the middle."
+    return ConfigError("Nothing of this picture would be learnt", file=picture.name, found=f"{what} {where}", hint=hint)
 
 
-def fitted(picture, bucket: tuple[int, int], flip: bool = False):
-    """The picture scaled to cover the bucket and cut in the middle, mirrored if ``flip``. Pillow image in, Pillow image out."""
-    from PIL import Image
-
-    width, height = picture.size
-    scale = max(bucket[0] / width, bucket[1] / height)
-    size = max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))
-    kind = Image.Resampling.LANCZOS if picture.mode == "RGB" else Image.Resampling.BILINEAR
-    left, top = (size[0] - bucket[0]) // 2, (size[1] - bucket[1]) // 2
-    out = picture.resize(size, kind).crop((left, top, left + bucket[0], top + bucket[1]))
-    return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else out
-
-
-def to_tensor(picture) -> Tensor:
-    """Pillow image -> float32 (height, width, channels), 0..1 (ComfyUI's IMAGE layout without the batch)."""
-    array = np.asarray(picture, dtype=np.float32) / 255
-    return torch.from_numpy(array if array.ndim == 3 else array[:, :, None])
-
-
-def load(path: str | os.PathLike, record: Record) -> tuple[Tensor, Tensor | None]:
-    """A record's picture (height, width, 3) and mask (height, width, 1) or None, fitted to its bucket."""
-    picture, alpha = open_picture(path)
-    image = to_tensor(fitted(picture, record.bucket, record.flip))
-    return image, None if alpha is None else to_tensor(fitted(alpha, record.bucket, record.flip))
+def _cut_off(cut: list[tuple[float, str, tuple[int, int]]], buckets: Sequence[tuple[int, int]], square: bool, longest: float) -> str:
+    """A line on pictures of which much is cut off: (share, name, size) of each."""
+    names = [f"{name} {100 * share:.0f} %" for share, name, _ in sorted(cut, key=lambda one: -one[0])]
+    if square:
+        hint = "With buckets on, pictures keep nearly their own shape."
+    elif any(max(size) > longest * min(size) for _, _, size in cut):
+        reach = max(width / height for width, height in buckets)
+        hint = f"Buckets go up to {reach:.2g} to 1: cut longer pictures yourself, or into several."
+    else:
+        hint = "A smaller bucket step or a larger resolution gives sizes nearer to their shapes."
+    return f"More than {100 * MOST_LOST:.0f} % is cut off of {len(cut)} picture{'s' * (len(cut) > 1)}: {some(names)}. {hint}"
 
 
 def folder_records(
     folder: str | os.PathLike, resolution: int, *, prompt: str = "", trigger: str = "", step: int = 64, longest: float = 2.0,
-    repeats: int = 1, flips: bool = False, square: bool = False, role: str = "instance",
+    repeats: int = 1, flips: bool = False, square: bool = False, role: str = "instance", notes: list[str] | None = None,
 ) -> list[Record]:
-    """A record for every picture of a folder (and its mirror image, with ``flips``). ``square``: one square bucket for all."""
-    if repeats < 1:
-        raise ConfigError("Option 'repeats' is out of range", found=repeats, expected="1 or more")
-    buckets = [(resolution // step * step,) * 2] if square else make_buckets(resolution, step, longest)
-    records = []
-    for path in find_pictures(folder):
-        picture, alpha = open_picture(path)
-        bucket = nearest_bucket(picture.size, buckets)
-        caption = caption_of(path, prompt, trigger)
-        for flip in (False, True) if flips else (False,):
-            records.append(Record(str(path), caption, bucket, repeats, flip, alpha is not None, role))
+    """Records of a folder as ``folder.scan`` reads it; arguments as of ``make_records``.
+
+    notes: gets what a person should know, a line each. Raises ConfigError with the names of all files that cannot be used.
+    """
+    found = scan(folder)
+    records, remarks = make_records(
+        read(found), resolution, prompt=prompt, trigger=trigger, step=step, longest=longest, repeats=repeats, flips=flips, square=square,
+        role=role,
+    )
+    if notes is not None:
+        notes += [*found.notes, *remarks]
     return records
+
+
+def load(path: str | os.PathLike, record: Record) -> tuple[Tensor, Tensor | None]:
+    """A record's picture (height, width, 3) and mask (height, width, 1) or None, float32 0..1, fitted to its bucket."""
+    picture, mask = open_picture(path)
+    if record.mask is not None:
+        mask = spread(open_mask(record.mask), picture.size)
+    image = to_tensor(fitted(picture, record.bucket, record.flip))
+    return image, None if mask is None else to_tensor(fitted(mask, record.bucket, record.flip))
 
 
 # -------------------------------------------------------------------- order

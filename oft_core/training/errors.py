@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..errors import AdapterError
+import os
+from collections.abc import Sequence
+
+from ..errors import AdapterError, printable
 
 
 class ConfigError(AdapterError):
@@ -15,3 +18,24 @@ class TrainingError(AdapterError):
 
 class StateError(AdapterError):
     """A saved training state is damaged or belongs to another configuration."""
+
+
+def raise_faults(faults: Sequence[ConfigError], folder: str | os.PathLike | None = None) -> None:
+    """Raise nothing, the one fault, or one ConfigError that names all files of several, as seen from ``folder``."""
+    # A file of several pictures is named once.
+    faults = list({(fault.file, fault.message): fault for fault in faults}.values())
+    if len(faults) < 2:
+        for fault in faults:
+            raise fault
+        return
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        name = fault.file or ""
+        if folder is not None and name.startswith(os.path.join(folder, "")):
+            name = name[len(os.path.join(folder, "")) :]
+        kinds.setdefault(fault.message, []).append(f"{printable(name)} ({printable(fault.found, 100)})")
+    hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
+    raise ConfigError(
+        f"There are {len(faults)} faults. " + ". ".join(f"{what}: {', '.join(names)}" for what, names in kinds.items()),
+        file=folder, hint=" ".join(hints) or None,
+    )

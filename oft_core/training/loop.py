@@ -31,6 +31,8 @@ _NOT_ARGUMENTS = {
     "lr": "the learning rate", "weight_decay": "'weight_decay'", "name": "'optimizer'", "params": "'target_modules'",
     "groups": "'target_modules'",
 }
+#: What to do about numbers that training drove out of range.
+_TOO_FAST = "Lower the learning rate; with a float16 model use bfloat16 or float32 or a loss scale."
 #: Slots of class pictures, apart from those of instance pictures, so that both get noise of their own.
 _CLASS_SLOTS = 1 << 20
 
@@ -284,7 +286,7 @@ class Trainer:
             self._scale = max(1.0, self._scale / 2)
             self._note(f"Step {k + 1}: gradients overflowed, skipped; loss scale now {self._scale:g}")
         else:
-            self._fail("The gradient", norm)
+            self._fail("The gradient", norm, _TOO_FAST)
         for p in self.bank.parameters.values():
             p.grad = None
         self.losses.append(loss)
@@ -312,7 +314,7 @@ class Trainer:
         records = self.order.batch(number)
         loaded = self.load(records)
         noised = self.objective.noised(loaded.latents, s.seed, self.step, slots)
-        share = self._finish_loss(self._error(noised, records, loaded.mask), noised)
+        share = self._loss(loaded, noised, records, loaded.mask)
         if self.class_order is not None:
             records = self.class_order.batch(number)
             other = range(_CLASS_SLOTS + slots.start, _CLASS_SLOTS + slots.stop)
@@ -324,32 +326,45 @@ class Trainer:
                 with torch.no_grad(), self.bank.disabled():
                     target = self.predict(noised, records)
             mask = loaded.mask if s.prior == "pictures" else None
-            share += self._finish_loss(self._error(noised, records, mask, target), noised, s.prior_weight)
+            share += self._loss(loaded, noised, records, mask, target, s.prior_weight)
         return share
 
-    def _error(self, noised: Noised, records: list[Record], mask: Tensor | None, target: Tensor | None = None) -> Tensor:
+    def _loss(
+        self, loaded: Loaded, noised: Noised, records: list[Record], mask: Tensor | None, target: Tensor | None = None, factor: float = 1.0,
+    ) -> float:
+        """Weighted sum over the batch divided by the whole step's items, so that accumulation equals one large batch; and its backward."""
         prediction = self.predict(noised, records)
         target = self.objective.target(noised) if target is None else target
         if prediction.shape != target.shape:
             raise TrainingError("The model's prediction has another shape than its target", found=prediction.shape, expected=target.shape)
-        return per_sample_error(prediction, target, mask)
-
-    def _finish_loss(self, error: Tensor, noised: Noised, factor: float = 1.0) -> float:
-        """Weighted sum over the batch divided by the whole step's items, so that accumulation equals one large batch."""
-        weighted = error * self.objective.weight(noised)
+        weighted = per_sample_error(prediction, target, mask) * self.objective.weight(noised)
         loss = factor * weighted.sum() / (self.settings.batch_size * self.settings.accumulation)
         value = loss.item()
         if not math.isfinite(value):
-            self._fail("The loss", value)
+            self._explain(loaded.latents, noised, records, prediction)
+            self._fail("The loss", value, _TOO_FAST)
         (loss * self._scale).backward()
         return value
 
-    def _fail(self, what: str, value: float) -> None:
+    def _explain(self, latents: Tensor, noised: Noised, records: list[Record], prediction: Tensor) -> None:
+        """Raise for what came before a loss that is not finite, if that is not finite either: pictures, then the model's output."""
+        if names := _not_finite(latents, records):
+            self._fail(f"The latent of {names}", _values(latents), "Look at the picture, and at the precision of the VAE.")
+        if not (names := _not_finite(prediction, records)):
+            return
+        with torch.no_grad(), self.bank.disabled():
+            untrained = self.predict(noised, records)
+        if _not_finite(untrained, records):
+            self._fail(
+                f"The model's output for {names}, also without what was trained,", _values(untrained),
+                "Use the model in bfloat16 or float32 if it is in float16, and look for damage in its file and in the patches on it.",
+            )
+        self._fail(f"The model's output for {names} with what was trained", _values(prediction), _TOO_FAST)
+
+    def _fail(self, what: str, value: object, hint: str) -> None:
         self.bank.abandon_step()
         raise TrainingError(
-            f"{what} is not finite in step {self.step + 1}", found=value, expected="a finite number",
-            hint="Lower the learning rate; with a float16 model use bfloat16 or float32 or a loss scale; look for black or damaged "
-            "pictures." + self._kept(),
+            f"{what} is not finite in step {self.step + 1}", found=value, expected="finite numbers", hint=hint + self._kept()
         )
 
     def _clip(self) -> float:
@@ -430,6 +445,18 @@ class Trainer:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _not_finite(values: Tensor, records: Sequence[Record]) -> str:
+    """Names of the records whose part of ``values`` (batch, ...) is not finite, in a line; "" for none."""
+    bad = ~values.detach().flatten(1).isfinite().all(1)
+    return ", ".join(dict.fromkeys(r.name for r, fault in zip(records, bad.tolist(), strict=True) if fault))
+
+
+def _values(values: Tensor) -> str:
+    """How many numbers are not finite."""
+    values = values.detach()
+    return f"{int(values.isnan().sum())} NaN and {int(values.isinf().sum())} infinite of {values.numel()} numbers"
 
 
 @contextmanager

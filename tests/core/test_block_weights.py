@@ -274,3 +274,11 @@ def test_merging_follows_the_blocks(tmp_path, capsys) -> None:
         assert torch.equal(value, whole[0.5][key])
     assert main([*map(str, command), "--blocks", "double=1"]) == 1
     assert "input.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["output.3-99=1", "output.20=1", "output.1+20=1", "output.20-30=1", "output.3-99/attention=1", "te.0-99=1"])
+def test_blocks_beyond_the_model_are_refused_alone_and_in_ranges(text: str) -> None:
+    known = {Address("output", n, frozenset({"attention"})) for n in range(12)} | {Address("te1", n, frozenset()) for n in range(12)}
+    with pytest.raises(BlockError, match="no such block"):
+        BlockWeights.parse(text).check(known)
+    BlockWeights.parse("output.3-11=1, output.0-3/attention=0.5, te.0-11=1, all=0").check(known)

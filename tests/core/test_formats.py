@@ -569,3 +569,29 @@ def test_differences_beside_any_rotation_are_applied(dialect: str) -> None:
 def test_extras_without_a_meaning_are_named() -> None:
     tensors = SAMPLES["F3"][0] | {f"lora_unet_{U}.dora_scale": torch.ones(OUT, 1)}
     assert any("dora_scale" in n for n in read_tensors(tensors).notes)
+
+
+@pytest.mark.parametrize(("r", "out"), [(7, 24), (5, 6), (9, 10), (7, 30), (3, 10), (4, 24)])
+@pytest.mark.parametrize("coft", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_f6_blocks_over_the_edge(r: int, out: int, coft: bool, share: bool) -> None:
+    """PEFT 0.7-0.13 has r blocks of ceil(out / r) and cuts their product at out, also where whole blocks hang over."""
+    d, eps = -(-out // r), 0.05
+    a = rand(1 if share else r, d, d, seed=r).double()
+    if coft:
+        limit = eps * d * d / math.sqrt(len(a))
+        a = torch.stack([x * min(1.0, limit / float(x.norm())) for x in a])
+    s = 0.5 * (a - a.transpose(-1, -2))
+    eye = torch.eye(d, dtype=torch.float64)
+    blocks = [(eye - x) @ torch.linalg.inv(eye + x) for x in s] * (r if share else 1)
+    w = rand(out, 8, seed=1)
+    want = torch.block_diag(*blocks)[:out, :out].T @ w.double()
+    tensors = {f"base_model.model.{Q}.oft_r": rand(1 if share else r, d, d, seed=r)}
+    config = {"peft_type": "OFT", "r": r, "coft": coft, "eps": eps, "block_share": share}
+    got = merged(tensors, w, config=config)
+    assert (got.double() - want).norm() <= 1e-5 * (want - w.double()).norm()
+
+
+def test_f6_of_another_width_is_refused() -> None:
+    with pytest.raises(ShapeError, match="do not fit"):
+        merged({f"base_model.model.{Q}.oft_r": rand(4, 5, 5)}, rand(24, 8), config={"peft_type": "OFT", "r": 4})

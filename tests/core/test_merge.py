@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from oft_core import Strength, load_adapter, merge_file
+from oft_core import Strength, describe, load_adapter, merge_file
 from oft_core.cli import main
 from oft_core.merge import read_header
 
@@ -27,13 +28,13 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """(adapter for to_q and to_out, base with more layers and other dtypes, output path)."""
+    """(adapter for to_q, to_out and a text encoder, base without that and with more layers and other dtypes, output path)."""
     name = BLOCK.replace(".", "_")
     save_file(
         {
             f"lora_unet_{name}_attn1_to_q.oft_blocks": rand(4, 6, 6) * 0.1,
             f"lora_unet_{name}_attn1_to_out_0.oft_blocks": rand(4, 6, 6, seed=1) * 0.1,
-            f"lora_unet_{name}_attn9_to_q.oft_blocks": rand(4, 6, 6, seed=2) * 0.1,
+            "lora_te_text_model_encoder_layers_9_mlp_fc1.oft_blocks": rand(4, 6, 6, seed=2) * 0.1,
         },
         tmp_path / "adapter.safetensors",
     )
@@ -75,7 +76,7 @@ def test_touches_only_what_it_should(files: tuple[Path, Path, Path], capsys: pyt
          "layers_not_found": 1}
     ]
     captured = capsys.readouterr()
-    assert "2 of 3 layers" in captured.out and "attn9" in captured.err
+    assert "2 of 3 layers" in captured.out and "layers_9_mlp_fc1" in captured.err
 
 
 def test_equals_the_layers_own_application(files: tuple[Path, Path, Path]) -> None:
@@ -102,10 +103,92 @@ def test_a_base_of_scaled_codes_is_refused(files: tuple[Path, Path, Path], capsy
     assert key in said and scale in said and "unquantised" in said and not out.exists()
 
 
-def test_strength_zero_copies_the_base(files: tuple[Path, Path, Path]) -> None:
+def test_strength_zero_copies_the_base(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
     adapter, base, out = files
     assert main(["merge", str(adapter), str(base), "-o", str(out), "--strength", "0"]) == 0
     assert raw(base) == raw(out)
+    captured = capsys.readouterr()
+    assert "0 of 3 layers" in captured.out and "copy of the base" in captured.err
+    with safe_open(out, "pt") as f:
+        assert json.loads(f.metadata()["oft_merge"])[0]["layers"] == 0
+
+
+def test_only_what_changed_is_counted(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
+    """Blocks that select the attention of another place leave every layer as it is; half of them, half."""
+    adapter, base, out = files
+    assert main(["merge", str(adapter), str(base), "-o", str(out), "--blocks", "all=0"]) == 0
+    assert "0 of 3 layers" in capsys.readouterr().out and raw(base) == raw(out)
+    assert main(["merge", str(adapter), str(base), "-o", str(out), "--blocks", "attention=0, all=1"]) == 0
+    assert "2 of 3 layers" in capsys.readouterr().out
+
+
+def missing_layer(adapter: Path) -> None:
+    tensors = load_file(adapter)
+    save_file({**tensors, f"lora_unet_{BLOCK.replace('.', '_')}_attn9_to_q.oft_blocks": rand(4, 6, 6)}, adapter)
+
+
+def other_family(adapter: Path) -> None:
+    save_file(load_file(adapter), adapter, {"ss_base_model_version": "sd_v2_v"})
+
+
+@pytest.mark.parametrize(("spoil", "words"), [(missing_layer, "attn9"), (other_family, "made for sd2")])
+def test_what_fits_in_part_needs_to_be_allowed(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture, spoil: Callable[[Path], None], words: str
+) -> None:
+    adapter, base, out = files
+    tensors = load_file(base)  # SD1: the text that its cross-attention reads is 768 wide
+    save_file({**tensors, f"{BLOCK}.attn2.to_k.weight": rand(24, 768)}, base)
+    spoil(adapter)
+    command = ["merge", str(adapter), str(base), "-o", str(out)]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert words in said and "--allow-partial" in said and not out.exists()
+    assert main([*command, "--allow-partial"]) == 0
+    captured = capsys.readouterr()
+    assert "2 of " in captured.out and words in captured.err
+    report = describe(load_adapter(adapter), load_adapter(adapter).bind(_index(base)))
+    assert any("sd2" in w or "no place" in w for w in report.warnings)
+
+
+def test_mostly_for_another_model_is_said(files: tuple[Path, Path, Path]) -> None:
+    tensors = {f"lora_unet_input_blocks_4_1_transformer_blocks_{i}_attn1_to_q.oft_blocks": rand(4, 6, 6) for i in range(1, 6)}
+    save_file({**load_file(files[0]), **tensors}, files[0])
+    adapter = load_adapter(files[0])
+    warnings = describe(adapter, adapter.bind(_index(files[1]))).warnings
+    assert any("Only 2 of 7 layers fit" in w and "sdxl" in w for w in warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("shards", "a folder of 2 safetensors files"), ("one", "Name the file"), ("model.safetensors.index.json", "sharded"),
+        ("model.gguf", "GGUF"), ("model.ckpt", "pickle"), ("none.safetensors", "no such file"),
+    ],
+)
+def test_other_bases_are_called_what_they_are(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture, name: str, words: str
+) -> None:
+    adapter, base, out = files
+    path = base.with_name(name)
+    if "." not in name:
+        path.mkdir()
+        for i in range(2 if name == "shards" else 1):
+            (path / f"model-{i}.safetensors").write_bytes(base.read_bytes())
+    elif not name.startswith("none"):
+        path.write_bytes(b"{}")
+    assert main(["merge", str(adapter), str(path), "-o", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert words in said and name in said and not out.exists()
+
+
+@pytest.mark.parametrize("beside", ["weight.quant_state.bitsandbytes__nf4", "SCB"])
+def test_a_base_of_bitsandbytes_is_called_that(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture, beside: str) -> None:
+    adapter, base, out = files
+    key = f"{BLOCK}.attn1.to_q"
+    save_file({**load_file(base), f"{key}.weight": torch.zeros(192, 1, dtype=torch.uint8), f"{key}.{beside}": torch.zeros(4)}, base)
+    assert main(["merge", str(adapter), str(base), "-o", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "bitsandbytes" in said and key in said and "unquantised" in said and not out.exists()
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
@@ -203,7 +286,7 @@ def test_inspect(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) 
     assert main(["inspect", str(files[0])]) == 0
     assert "LyCORIS Diag-OFT (F3" in capsys.readouterr().out
     assert main(["inspect", str(files[0]), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["components"]["unet"]["layers"] == 3
+    assert json.loads(capsys.readouterr().out)["components"]["unet"]["layers"] == 2
     assert main(["inspect", str(files[1])]) == 1
     assert "not an OFT file" in capsys.readouterr().err
 
@@ -223,10 +306,10 @@ def test_undefined_strengths_exit_with_1(files: tuple[Path, Path, Path], argumen
 
 MEMORY = """
 import resource, sys, torch
-from oft_core import Strength, load_adapter, merge_file
+from oft_core import Strength, describe, load_adapter, merge_file
 torch.set_num_threads(1)
 adapter = load_adapter(sys.argv[1])
-merge_file(adapter, sys.argv[2], sys.argv[3] + ".warm", Strength(0.5))   # allocator and library start-up are not counted
+merge_file(adapter, sys.argv[2], sys.argv[3] + ".warm", Strength(0.5), allow_partial=True)   # allocator and library start-up are not counted
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge_file(adapter, sys.argv[4], sys.argv[3], Strength(0.5))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

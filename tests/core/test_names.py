@@ -826,3 +826,27 @@ def test_speed():
         index.resolve(name.removesuffix("_weight"))
     resolved = time.perf_counter() - start
     assert built < 2 and resolved < 2  # about 0.05 s each; the limits are for busy machines
+
+
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{w}.{p}", "base_model.model.{w}.{p}", "{w}.base_model.model.{p}", "unet.{w}.{p}", "base_model.model.{w}.unet.{p}",
+        "down_blocks.0.{w}.attentions.0.{w}.transformer_blocks.0.attn1.to_q", "{w}.{w}.{p}", "lora_unet_{w}_{u}", "lora_unet_{w}_{w}_{u}",
+    ],
+)
+def test_wrappers_of_models_are_noise(wrapper: str, spelling: str) -> None:
+    index = NameIndex({f"{PATH}.weight": (8, 8), f"{PATH[:-1]}k.weight": (8, 8)})
+    name = spelling.format(w=wrapper, p=PATH, u=PATH.replace(".", "_"))
+    assert [t.key for t in index.resolve(name)] == [f"{PATH}.weight"]
+    assert component(name) == "unet"
+
+
+@pytest.mark.parametrize("name", ["pipe.dit.blocks.3.self_attn.q", "pipe_dit_blocks_3_self_attn_q", "lora_unet_pipe_dit_blocks_3_self_attn_q"])
+def test_a_pipelines_prefix_is_noise(name: str) -> None:
+    index = NameIndex({"diffusion_model.blocks.3.self_attn.q.weight": (8, 8)})
+    assert [t.key for t in index.resolve(name)] == ["diffusion_model.blocks.3.self_attn.q.weight"]

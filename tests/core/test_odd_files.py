@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from oft_core import FormatError, NameIndex, ShapeError, Strength, ValueFault, describe, read_tensors
+from oft_core import (
+    Diff,
+    FormatError,
+    NameIndex,
+    ReadOptions,
+    ShapeError,
+    Strength,
+    ValueFault,
+    describe,
+    read_tensors,
+)
 from oft_core.cli import main
 
 Q = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -65,7 +75,7 @@ def test_parts_of_a_fused_layer_are_not_the_same_layer() -> None:
 
 
 def test_the_layers_own_weight_is_turned_as_peft_does() -> None:
-    """PEFT writes embeddings' base weights into its files, and every layer's into a live state dict."""
+    """PEFT writes embeddings' base weights into its files; every layer's, in a live state dict, are the base model's unless asked for."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -83,7 +93,11 @@ def test_the_layers_own_weight_is_turned_as_peft_does() -> None:
     state = {k: v.detach().clone() for k, v in wrapped.state_dict().items() if v.is_floating_point()}
     truth = wrapped.merge_and_unload().state_dict()
 
-    adapter = read_tensors(state, config={"peft_type": "OFT", "peft_version": peft.__version__, "oft_block_size": 4})
+    config = {"peft_type": "OFT", "peft_version": peft.__version__, "oft_block_size": 4}
+    plain = read_tensors(state, config=config).bind(NameIndex({k: v.shape for k, v in base.items()}))
+    own = [p.key for p in plain.patches if isinstance(p.op, Diff)]
+    assert len(own) == 1 and "token_embedding" in own[0]
+    adapter = read_tensors(state, config=config, options=ReadOptions(peft_base="apply"))
     assert adapter.components == ["te1"]
     binding = adapter.bind(NameIndex({k: v.shape for k, v in base.items()}))
     for patch in binding.patches:
@@ -246,7 +260,7 @@ def test_names_from_a_file_do_not_steer_the_terminal(tmp_path: Path, capsys: pyt
     hostile = "\x1b]0;owned\x07\x1b[2J"
     tensors = {f"{K}.oft_blocks": rand(4, 4, 4), f"{hostile}x.lora_down.weight": rand(2, 2), f"{hostile}.oft_blocks": rand(4, 4, 4)}
     out = tmp_path / "out.safetensors"
-    assert main([*files(tmp_path, tensors), str(out)]) == 0
+    assert main([*files(tmp_path, tensors), str(out), "--allow-partial"]) == 0
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err and "owned" in captured.out and "owned" in captured.err
     assert len(load_file(out)) == len(BASE)

@@ -515,19 +515,36 @@ def test_out_of_memory_inside_the_update_keeps_the_state_before_it(tmp_path):
     assert second.trainer.resume() and second.trainer.step == 4
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_step(tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("latent", "The latent of p[0-4] is"), ("model", "The model's output for p[0-4], also without what was trained, is"),
+        ("trained", "The model's output for p[0-4] with what was trained is"), ("loss", "The loss is"), ("gradient", "The gradient is"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_step(tmp_path, where, named):
     rig = Rig(tmp_path)
+
+    def load(records):
+        bad = where == "latent" and rig.trainer.step == 2
+        return Loaded(latents_of(records) * (float("nan") if bad else 1))
 
     def predict(noised, records):
         out = rig.predict(noised, records)
         if rig.trainer.step == 2:
-            out = out * float("nan") if where == "loss" else out + (out - out.detach()).abs().sqrt()
+            if where == "gradient":
+                out = out + (out - out.detach()).abs().sqrt()
+            elif where == "loss":
+                out = out * 1e30
+            elif where == "model" or where == "trained" and torch.is_grad_enabled():
+                out = out * float("nan")
         return out
 
-    rig.trainer.predict = predict
-    with pytest.raises(TrainingError, match="not finite in step 3.*learning rate"):
+    rig.trainer.load, rig.trainer.predict = load, predict
+    with pytest.raises(TrainingError, match=f"{named} not finite in step 3") as error:
         rig.trainer.run()
+    assert ("learning rate" in str(error.value)) == (where in ("trained", "loss", "gradient")), error.value
+    assert ("32 NaN" in str(error.value)) == (where not in ("loss", "gradient")), error.value
     assert base_untouched(rig) and all(p.isfinite().all() for p in rig.bank.parameters.values())
     second = Rig(tmp_path)
     assert second.trainer.resume() and second.trainer.step == 2

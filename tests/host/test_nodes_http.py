@@ -463,3 +463,79 @@ def test_a_changed_file_is_read_again(client: Client, oft_dir: Path, files: dict
     assert "2 of 2" in loader_text(client, "sd15", name)
     save_file(make_oft({LAYER: (64, 64)}), oft_dir / name)
     assert "1 of 1" in loader_text(client, "sd15", name)
+
+
+# --- names from elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(oft_dir: Path) -> dict[str, str]:
+    """Files that workflows of another system spell in another way."""
+    (oft_dir / "elsewhere" / "Koala").mkdir(parents=True, exist_ok=True)
+    (oft_dir / "elsewhere" / "twice").mkdir(exist_ok=True)
+    names = {"one": "elsewhere/Koala/One.safetensors", "short": "elsewhere/short.sft"}
+    for name in (*names.values(), "elsewhere/double.safetensors", "elsewhere/twice/double.sft"):
+        save_file(make_oft({LAYER: (64, 64)}), oft_dir / name, {"format": "pt"})
+    return names
+
+
+def test_sft_files_are_offered_and_loaded(client: Client, elsewhere: dict[str, str]) -> None:
+    for node, name in (("OFT_Load", "oft_name"), ("OFT_LoadAdapter", "oft_name"), ("OFT_Stack", "oft_name_2")):
+        assert elsewhere["short"] in [o.replace("\\", "/") for o in client.choices(node, name)]
+    assert "1 of 1" in loader_text(client, "sd15", elsewhere["short"])
+
+
+@pytest.mark.parametrize("name", [r"elsewhere\Koala\One.safetensors", "ELSEWHERE/koala/one", "One.safetensors", "One"])
+def test_names_of_other_systems_are_found(client: Client, elsewhere: dict[str, str], name: str) -> None:
+    text = loader_text(client, "sd15", name)
+    assert "1 of 1" in text and f"'{name}' is not listed here; read from {elsewhere['one']}." in text
+    g = Graph()
+    stack = g.OFT_Stack(mode="rotation", coft="file", oft_name_1=name, on_1=True)
+    g.PreviewAny(source=stack[3])
+    assert f"read from {elsewhere['one']}" in client.run(g).text(stack)
+
+
+def test_names_that_fit_no_file_or_several_are_rejected(client: Client, elsewhere: dict[str, str]) -> None:
+    """Before anything runs, with what the user can choose from."""
+    wanted = {
+        "Onne.safetensors": ("no file of this name", "similar", elsewhere["one"]),
+        r"other\One.safetensors": ("no file of this name", "similar", elsewhere["one"]),
+        "double": ("Several files fit", "elsewhere/double.safetensors", "elsewhere/twice/double.sft"),
+        r"..\..\elsewhere\short.sft": ("no file of this name",),
+    }
+    for name, words in wanted.items():
+        for node in ("OFT_LoadAdapter", "OFT_Stack"):
+            g = Graph()
+            entry = {"oft_name": name} if node == "OFT_LoadAdapter" else {"oft_name_3": name, "on_3": True}
+            g.PreviewAny(source=g.add(node, **entry)[0])
+            with pytest.raises(PromptRejected) as rejected:
+                client.run(g)
+            for word in (name, *words):
+                assert word in str(rejected.value), (node, str(rejected.value))
+    g = Graph()
+    g.PreviewAny(source=g.OFT_Stack(oft_name_3="Onne.safetensors", on_3=False)[3])
+    client.run(g)  # a row that is off needs no file
+
+
+@pytest.mark.parametrize("name", [r"..\evil", "C:evil", "con", "sub/what?", "end."])
+def test_names_that_another_system_reads_as_paths_are_not_saved(
+    client: Client, host: ComfyServer, elsewhere: dict[str, str], name: str
+) -> None:
+    before = sorted(host.models.rglob("*"))
+    g = Graph()
+    adapter = g.OFT_LoadAdapter(oft_name=elsewhere["short"])
+    g.OFT_Save(adapter=adapter, name=name, dialect="as it is", precision="fp32", folder="oft")
+    with pytest.raises(PromptFailed) as failed:
+        client.run(g)
+    assert failed.value.node_type == "OFT_Save" and "cannot be saved under this name" in failed.value.text
+    assert sorted(host.models.rglob("*")) == before
+
+
+def test_backslashes_in_a_name_to_save_are_folders(
+    client: Client, oft_dir: Path, elsewhere: dict[str, str]
+) -> None:
+    g = Graph()
+    adapter = g.OFT_LoadAdapter(oft_name=elsewhere["short"])
+    node = g.OFT_Save(adapter=adapter, name=r"elsewhere\saved", dialect="as it is", precision="fp32", folder="oft")
+    assert "elsewhere/saved_00001_.safetensors" in client.run(g).text(node).replace("\\", "/")
+    assert (oft_dir / "elsewhere" / "saved_00001_.safetensors").is_file()

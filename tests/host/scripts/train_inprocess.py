@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -937,10 +938,102 @@ def files_that_are_not_learnt_from_are_named():
     (root / "d.heic").write_bytes(b"")
     assert "1 file was left out: d.heic" in dataset.summary(a_set(folder="mixed"))
     for i in range(6):
-        (root / f"e{i}.caption").write_bytes(b"")
+        (root / f"e{i}.json").write_bytes(b"")
+        (root / f"f{i}.caption").write_bytes(b"")
     said = dataset.summary(a_set(folder="mixed"))
-    assert "7 files were left out: d.heic, e0.caption, e1.caption, e2.caption, e3.caption, …" in said, said
+    assert "7 files were left out: d.heic, e0.json, e1.json, e2.json, e3.json, …" in said, said
+    assert "6 caption files belong to no picture: f0.caption, f1.caption" in said, said
+    assert "1 of 3 pictures have captions of their own; the others have the instance prompt." in said, said
     assert a_set(folder="mixed").digest == of.digest
+
+
+@check
+def a_folder_of_pictures_and_texts_stays_the_same_set():
+    """Runs that were begun by earlier versions go on only with the digest that they had."""
+    root = Path(folder_paths.get_input_directory()) / "plain"
+    root.mkdir()
+    Image.new("RGB", (96, 64), (200, 30, 60)).save(root / "a.png")
+    Image.new("RGBA", (64, 96), (20, 130, 60, 128)).save(root / "b.png")
+    Image.new("L", (64, 64), 90).save(root / "C 1.png")
+    (root / "a.txt").write_text("a cat", "utf-8")
+    options = {"folder": "plain", "resolution": 128, "bucket_step": 32}
+    known = {"0a0df6019bf772f07348232d0e27a7146227ffbb053365a5f5c529037b214065": {}}
+    known["da1fd10539dbd32285a0423d5484fd813f3cc5d27dab6131410fd30ca59e05b6"] = {
+        "flips": True, "repeats": 3, "class_prompt": "a dog", "buckets": False,
+    }  # fmt: skip
+    for digest, more in known.items():
+        assert a_set(**options, **more).digest == digest, more
+
+
+@check
+def masks_beside_pictures_are_no_pictures():
+    root = Path(folder_paths.get_input_directory()) / "masked"
+    root.mkdir()
+    base = dataset.to_pillow(pictures(1)[0])
+    base.save(root / "1.png")
+    plain = a_set(folder="masked")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 16, 64))
+    mask.save(root / "1-masklabel.png")
+    base.save(root / "1-condlabel.png")
+    of = a_set(folder="masked")
+    said = dataset.summary(of)
+    assert "1 pictures, 1 with a mask" in said and "1 control picture is not used: 1-condlabel.png" in said, said
+    assert of.digest != plain.digest
+    # The same as the mask over a link, which goes before a file.
+    connected = dataset.from_pillow(mask)[..., 0]
+    over_link = a_set(pictures=[dataset.from_pillow(base)], masks=[connected])
+    assert over_link.digest == of.digest
+    assert all(torch.equal(a, b) for a, b in zip(of.load(of.records[0]), over_link.load(over_link.records[0]), strict=True))
+    other = a_set(folder="masked", masks=[1 - connected])
+    assert "Masks are connected, so mask files are not used: 1-masklabel.png" in dataset.summary(other)
+    assert other.records[0].mask is None and of.records[0].mask.endswith("1-masklabel.png")
+    assert torch.equal(other.load(other.records[0])[1], 1 - of.load(of.records[0])[1]) and other.digest != of.digest
+    run = a_run(of=of)
+    with torch.inference_mode(), train_mode.training_mode():
+        run.host.encode_pictures(of)
+    inside = run.host.load_batch(list(of.records)).mask
+    assert inside[..., :2].min() == 1 and inside[..., 2:].max() == 0
+    assert dataset.contact_sheet(of)[0, 100, 150].max() < 0.3, "what does not count is not dimmed"
+
+
+@check
+def subfolders_with_repeats():
+    """The summary as the node puts it out, and that the node runs again when something changes in a subfolder."""
+    root = Path(folder_paths.get_input_directory()) / "kohya"
+    for name in ("10_zwx dog/a.png", "10_zwx dog/b.png", "1_dog/a.png", "reg_dog/a.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (128, 64) if name.startswith("1_") else (64, 64), "red").save(root / name)
+    (root / "10_zwx dog" / "A.TXT").write_text("asleep", "utf-8")
+    node = dataset.OFTDatasetNode
+    given = {"folder": ["kohya"], "trigger": ["zwx"], "resolution": [64], "instance_prompt": ["a photo of [trigger]"]}
+    assert node.validate_inputs(folder=given["folder"]) is True
+    of, said, sheet = node.execute(**given, captions=["\n\ntyped"]).args
+    assert [r.caption for r in of.records] == ["zwx, asleep", "zwx dog", "zwx, typed"], of.records
+    assert [r.repeats for r in of.records] == [10, 10, 1] and sheet.shape[2] == 3 * dataset.TILE
+    for part in (
+        "21 steps of one picture are one pass",
+        "10_zwx dog (2 pictures, 10 times each), 1_dog (1 picture, 1 time each)",
+        "1 subfolder was left out: reg_dog",
+        "2 of 3 pictures have captions of their own; the others have the name of their subfolder.",
+        "More than 20 % is cut off of 1 picture: 1_dog/a.png 50 %",
+    ):
+        assert part in said, said
+    before = node.fingerprint_inputs(folder=["kohya"])
+    for change in (
+        lambda: (root / "1_dog" / "a.txt").write_text("!", "utf-8"),
+        lambda: (root / "1_dog" / "a.txt").unlink(),
+        lambda: (root / "10_zwx dog").rename(root / "9_zwx dog"),
+        lambda: (root / "reg_dog").rename(root / "reg_cat"),
+        lambda: Image.new("L", (64, 64), 255).save(root / "1_dog" / "a-masklabel.png"),
+        lambda: Image.new("RGB", (64, 64)).save(root / "own.png"),
+    ):
+        change()
+        after = node.fingerprint_inputs(folder=["kohya"])
+        assert after != before, "a change is not seen"
+        before = after
+    said = dataset.summary(a_set(folder="kohya"))
+    assert "1 pictures" in said and "subfolders were left out: 1_dog, 9_zwx dog, reg_cat" in said, said
 
 
 @check
@@ -1789,11 +1882,63 @@ def bad_inputs_are_explained():
     strange = comfy.model_sampling.EDM()
     strange.sigma_data = 0.5
     raises(ConfigError, lambda: train_host._prediction_of(strange), "cannot be trained")
-    nan = pictures()
-    run = a_run(of=a_set(pictures=[nan]))
+
+
+@check
+def what_is_not_finite_first_is_named():
+    """Latents and embeddings before any step, without advice on the learning rate, and nothing of them in the cache."""
+    fresh_user()
+    of = a_set(pictures=[pictures(3)], captions=["a", "b", "c"], class_prompt="a dog")
+    vae = parts("sd15")[2]
+    nan = float("nan")
+
+    def refused(*words, run=None, advice=False):
+        run = run or a_run(of=of)
+        said = raises(TrainingError, lambda: go(run), "not finite", *words)
+        assert ("learning rate" in said.lower()) == advice, said
+        return run
+
+    encode = vae.encode
+    second = of.load(of.records[1])[0]
+    with replaced(vae, "encode", lambda image: encode(image) * (nan if torch.equal(image[0], second) else 1)):
+        run = refused("VAE's latent", "picture 2", "--fp32-vae")
+        assert run.trainer is None
+    embed = train_host.comfy.sd.CLIP.encode_from_tokens_scheduled
+
+    def broken(self, tokens, **options):
+        made = embed(self, tokens, **options)
+        words = [w[0] for w in tokens["l"][0]]
+        wanted = [w[0] for w in self.tokenize("ohwx, b")["l"][0]]
+        return [[cond * (nan if words == wanted else 1), more] for cond, more in made]
+
+    with replaced(train_host.comfy.sd.CLIP, "encode_from_tokens_scheduled", broken):
+        refused("text embedding of 'ohwx, b'", "--fp32-text-enc")
+    run = a_run(of=of)
     predict = run.host.predict
-    run.host.predict = lambda *a: predict(*a) * float("nan")
-    raises(TrainingError, lambda: go(run), "not finite")
+    run.host.predict = lambda *a: predict(*a) * nan
+    refused("the model's output for picture", "step 1", "also without what was trained", run=run)
+    run = a_run(of=of, config={"prior": "pictures", "class_pictures": 2})
+    draw = run.host.sample_latent
+    run.host.sample_latent = lambda *a: draw(*a) * nan
+    refused("class picture 1", run=run)
+    # Text encoders that are trained were finite before the first step.
+    run = a_run(of=of, config={"text_encoder_lr": 0.01}, steps=3)
+    tokens = run.host.encoders.encode_token_weights
+
+    def later(*a):
+        cond, *more = tokens(*a)
+        return (cond * (nan if run.trainer and run.trainer.step == 1 else 1), *more)
+
+    with replaced(run.host.encoders, "encode_token_weights", later):
+        refused("text embedding", "text encoders", run=run, advice=True)
+    del run.host.encoders.encode_token_weights
+    # The cache holds none of it.
+    fine = go(a_run(of=of))
+    assert all(map(math.isfinite, fine.losses))
+    for where, values in (("picture", pictures()), ("mask", torch.ones(1, 64, 64))):
+        values[0, 3, 4] = nan
+        given = {"pictures": [values]} if where == "picture" else {"masks": [values]}
+        raises(ConfigError, lambda given=given: a_set(**given), "not finite", f"{where} 1")
 
 
 # --- what is said about it ----------------------------------------------------------------------------------
