@@ -1,13 +1,17 @@
 """Multiply a weight or activations by block-diagonal (or butterfly) matrices, in place, block by block.
 
-No full-size delta and no full-size copy is made: the largest temporaries are two chunks of ``chunk_size`` float32 numbers, or, for
-butterfly products, slabs of whole vectors of that size. One rounding to the weight's dtype at the end.
+No full-size delta and no full-size copy is made: the largest temporaries are two pieces of ``piece_size`` float32 numbers a thread, or,
+for butterfly products, slabs of whole vectors of that size. One rounding to the weight's dtype at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from .threads import spread
 
 
 def butterfly_permutation(family: str, stage: int, block: int, size: int, device: torch.device | str = "cpu") -> Tensor | None:
@@ -114,37 +118,39 @@ def _rows_(flat: Tensor, m: Tensor) -> None:
     """flat (n*b, c) <- blockdiag(m) flat, in place; m (n or 1, b, b)."""
     b, c = m.shape[-1], flat.shape[1]
     n = flat.shape[0] // b
-    chunk = chunk_size(flat.device)
+    chunk = piece_size(flat.device)
     width = c if b * c <= chunk else max(16, min(c, chunk // b // 16 * 16))
     group = max(1, min(n, chunk // (b * width)))
     m = m.expand(n, b, b)
     view = flat.unflatten(0, (n, b))
-    out, stage = _buffers(flat, group * b * width)
-    for k in range(0, n, group):
-        g = min(group, n - k)
-        for j in range(0, c, width):
-            w = min(width, c - j)
+
+    def work(pieces: Iterator[tuple[int, int]]) -> None:
+        out, stage = _buffers(flat, group * b * width)
+        for k, j in pieces:
+            g, w = min(group, n - k), min(width, c - j)
             part, result = view[k : k + g, :, j : j + w], out[: g * b * w].view(g, b, w)
             source = part if stage is None else stage[: g * b * w].view(g, b, w).copy_(part)
             torch.bmm(m[k : k + g], source, out=result)
             store_(part, result)
+
+    spread(work, [(k, j) for k in range(0, n, group) for j in range(0, c, width)], flat.device)
 
 
 def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
     """flat (r, n*b) <- rows * flat blockdiag(m)^T, in place; m (n or 1, b, b), rows (r,) or None."""
     b, r = m.shape[-1], flat.shape[0]
     n = flat.shape[1] // b
-    chunk = chunk_size(flat.device)
+    chunk = piece_size(flat.device)
     # Enough rows for the GEMM kernel come first: wide layers would otherwise leave ten rows a chunk and halve the speed.
     height = min(r, max(64 if b <= 32 else 128, chunk // (n * b)))
     group = max(1, min(n, chunk // (height * b)))
     mt = m.transpose(-1, -2).contiguous().expand(n, b, b)
     view = flat.unflatten(1, (n, b)).transpose(0, 1)
-    out, stage = _buffers(flat, height * group * b)
-    for i in range(0, r, height):
-        h = min(height, r - i)
-        for k in range(0, n, group):
-            g = min(group, n - k)
+
+    def work(pieces: Iterator[tuple[int, int]]) -> None:
+        out, stage = _buffers(flat, height * group * b)
+        for i, k in pieces:
+            h, g = min(height, r - i), min(group, n - k)
             part, result = view[k : k + g, i : i + h], out[: g * h * b].view(g, h, b)
             # The stage keeps the weight's own order, so that both conversions run along memory.
             source = part if stage is None else stage[: g * h * b].view(h, g, b).transpose(0, 1).copy_(part)
@@ -153,10 +159,18 @@ def _columns_(flat: Tensor, m: Tensor, rows: Tensor | None) -> None:
                 result.mul_(rows[i : i + h].view(1, -1, 1))
             store_(part, result)
 
+    spread(work, [(i, k) for i in range(0, r, height) for k in range(0, n, group)], flat.device)
+
+
+def piece_size(device: torch.device) -> int:
+    """Numbers of float32 that one thread works on: 512 KiB on a CPU, so that it stays in a core's cache; 64 MiB elsewhere, to save
+    kernel launches."""
+    return 1 << 17 if device.type == "cpu" else 1 << 24
+
 
 def chunk_size(device: torch.device) -> int:
-    """Numbers in one float32 chunk: 512 KiB a thread on a CPU, so that it stays in cache; 64 MiB elsewhere, to save kernel launches."""
-    return (1 << 17) * min(torch.get_num_threads(), 4) if device.type == "cpu" else 1 << 24
+    """Numbers in one float32 chunk of an operation that torch divides among its threads: a piece for each, of up to four."""
+    return piece_size(device) * (min(torch.get_num_threads(), 4) if device.type == "cpu" else 1)
 
 
 def _buffers(weight: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -172,19 +186,23 @@ def _general_(
     """Any number of stages with permutations and factors: whole vectors of the rotated axis, a slab at a time."""
     axis = 0 if side == "out" else 1
     size, other = flat.shape[axis], flat.shape[1 - axis]
-    step = max(1, chunk_size(flat.device) // size)
-    for i in range(0, other, step):
-        part = flat.narrow(1 - axis, i, min(step, other - i))
-        source = part.float()
-        work = _scaled(source, rows, cols, axis, i) if inverse else source
-        work = work if axis == 0 else work.t()
-        for k, m in enumerate(stages):
-            index = None if permutations is None else permutations[k]
-            work = rotate(work, m, index)
-        work = work if axis == 0 else work.t()
-        if not inverse:
-            work = _scaled(work, rows, cols, axis, i)
-        store_(part, work if mix is None else torch.lerp(source, work, mix))
+    step = max(1, piece_size(flat.device) // size)
+
+    def work(starts: Iterator[int]) -> None:
+        for i in starts:
+            part = flat.narrow(1 - axis, i, min(step, other - i))
+            source = part.float()
+            work = _scaled(source, rows, cols, axis, i) if inverse else source
+            work = work if axis == 0 else work.t()
+            for k, m in enumerate(stages):
+                index = None if permutations is None else permutations[k]
+                work = rotate(work, m, index)
+            work = work if axis == 0 else work.t()
+            if not inverse:
+                work = _scaled(work, rows, cols, axis, i)
+            store_(part, work if mix is None else torch.lerp(source, work, mix))
+
+    spread(work, range(0, other, step), flat.device)
 
 
 def _scaled(x: Tensor, rows: Tensor | None, cols: Tensor | None, axis: int, start: int) -> Tensor:

@@ -8,7 +8,7 @@ blocks of ``block`` rows, or a product of such matrices with permutations betwee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +33,7 @@ from .rotation import (
     transform,
     unpack_skew,
 )
+from .threads import spread
 
 #: Longest axis of a butterfly whose product is raised to a power: that takes one dense matrix and its eigenvectors.
 LONGEST_PRODUCT = 2048
@@ -726,41 +727,60 @@ def build_all(layers: Sequence, strength: Strength, device: torch.device | str =
     target = torch.device(device)
     where = torch.device("cpu") if target.type in ("mps", "privateuseone", "meta") else target
     scaled = strength.value if strength.mode == "rotation" else 1.0
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[tuple[int, int]]] = {}
+    pieces: list[list[int]] = []
     for i, layer in enumerate(layers):
         if isinstance(layer, Diff):
             continue
         if _directly(layer, strength) and layer.kind != "matrix":
             large = layer.exact and layer.lam_bound() * abs(scaled) > LARGE_LAM
-            groups.setdefault((layer.block, layer.kind, layer.terms, large), []).append(i)
-            continue
-        if layer._as_product(strength):
-            m = layer._product_power(strength, where)
-            out[i] = Built(m.to(target, torch.float32), (0,), product=True)
-            continue
-        if layer.kind == "matrix" and _directly(layer, strength):
-            m = layer.matrix.to(where)
+            groups.setdefault((layer.block, layer.kind, layer.terms, large), []).append((i, layer.stages * layer.stored))
         else:
-            # In mode linear the strength mixes weights afterwards; the matrix is that of strength 1.
-            at = replace(strength, value=1.0) if strength.mode == "linear" else strength
-            m = layer._matrices_from_planes(at, where)
-        out[i] = _built(layer, m, strength, target)
-    for (block, kind, terms, large), members in groups.items():
-        fast = kind == "cayley" and not large
-        # Taken in parts that fit the cache, so that the float64 copies stay small; a large layer is not copied to be joined.
-        for part in _runs([(i, layers[i].stages * layers[i].stored) for i in members], _part_size(block, where)):
-            limit = [(layers[i]._limit(strength, where) * scaled).expand(layers[i].stages, layers[i].stored) for i in part]
-            scale = limit[0].reshape(-1, 1) if len(part) == 1 else torch.cat([f.reshape(-1, 1) for f in limit])
-            packed = [layers[i].generator.to(where).flatten(0, 1) for i in part]
-            flat = packed[0] if len(part) == 1 else torch.cat(packed)
-            result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=where)
-            for v, by, out_part in zip(*(t.split(_part_size(block, where)) for t in (flat, scale, result)), strict=True):
-                q = unpack_skew(v, block).double().mul_(by.unsqueeze(-1))
-                out_part.copy_(cayley_float(q) if fast else matrices(kind, terms, q, large))
-            sizes = [layers[i].stages * layers[i].stored for i in part]
-            for i, m in zip(part, result.split(sizes), strict=True):
-                out[i] = _built(layers[i], m.view(layers[i].stages, layers[i].stored, block, block), strength, target)
+            pieces.append([i])
+    for (block, *_), members in groups.items():
+        pieces += _runs(members, _part_size(block, where))
+
+    def work(left: Iterator[list[int]]) -> None:
+        for piece in left:
+            first = layers[piece[0]]
+            if _directly(first, strength) and first.kind != "matrix":
+                made = _build_together([layers[i] for i in piece], strength, scaled, where)
+            else:
+                made = [_build_alone(first, strength, where)]
+            for i, (m, product) in zip(piece, made, strict=True):
+                out[i] = Built(m.to(target, torch.float32), (0,), True) if product else _built(layers[i], m, strength, target)
+
+    spread(work, pieces, where)
     return out
+
+
+def _build_alone(layer: LayerRotation, strength: Strength, device: torch.device) -> tuple[Tensor, bool]:
+    """Matrices of a layer that does not come from its trainer's formula, and whether they are one product of a butterfly."""
+    if layer._as_product(strength):
+        return layer._product_power(strength, device), True
+    if layer.kind == "matrix" and _directly(layer, strength):
+        return layer.matrix.to(device), False
+    # In mode linear the strength mixes weights afterwards; the matrix is that of strength 1.
+    at = replace(strength, value=1.0) if strength.mode == "linear" else strength
+    return layer._matrices_from_planes(at, device), False
+
+
+def _build_together(
+    layers: Sequence[LayerRotation], strength: Strength, scaled: float, device: torch.device
+) -> list[tuple[Tensor, bool]]:
+    """Float32 matrices of layers of one block size and kind, by their trainer's formula of the generator times ``scaled``."""
+    block, kind, terms = layers[0].block, layers[0].kind, layers[0].terms
+    large = layers[0].exact and layers[0].lam_bound() * abs(scaled) > LARGE_LAM
+    limit = [(op._limit(strength, device) * scaled).expand(op.stages, op.stored).reshape(-1, 1, 1) for op in layers]
+    packed = [op.generator.to(device).flatten(0, 1) for op in layers]
+    flat, scale = (t[0] if len(t) == 1 else torch.cat(t) for t in (packed, limit))
+    result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=device)
+    # In parts that fit the cache, so that the float64 copies stay small.
+    for v, by, into in zip(*(t.split(_part_size(block, device)) for t in (flat, scale, result)), strict=True):
+        q = unpack_skew(v, block).double().mul_(by)
+        into.copy_(cayley_float(q) if kind == "cayley" and not large else matrices(kind, terms, q, large))
+    parts = result.split([op.stages * op.stored for op in layers])
+    return [(m.view(op.stages, op.stored, block, block), False) for op, m in zip(layers, parts, strict=True)]
 
 
 def _runs(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:

@@ -18,11 +18,12 @@ from torch import Tensor
 from .constraint import Strength, limit_factor
 from .layer import LayerRotation, build_all, core_constraint
 from .rotation import lambda_bounds, lambdas, orthogonality_error, transform, unpack_skew
+from .threads import spread, undivided
 
 #: Above this many numbers times block size, two products of every block would take seconds; all measures are then estimates.
 EXACT_WORK = 10**10
 #: The same for the decompositions that the largest angle may take, and for those that the mean may take.
-TOP_WORK, MEAN_WORK = 4 * 10**9, 3 * 10**7
+TOP_WORK, MEAN_WORK = 4 * 10**9, 2 * 10**7
 #: |M^T M - I| that rounding an orthogonal M to float32 can give (2^-23), and what building it in float64 adds at most.
 ROUNDING = 2.0**-23 + 2e-8
 #: Largest block of an estimate that is decomposed; of larger ones some Lanczos steps are taken.
@@ -55,7 +56,11 @@ def measure(rotations: Sequence[LayerRotation], strength: Strength | None = None
     """Measures of layers, with the limits that ``strength.coft`` chooses. Float64 where exact; deterministic."""
     if not rotations:
         return Measures()
-    strength = strength or Strength()
+    with undivided():
+        return _measure(rotations, strength or Strength())
+
+
+def _measure(rotations: Sequence[LayerRotation], strength: Strength) -> Measures:
     groups: dict[tuple, list[int]] = {}
     for i, r in enumerate(rotations):
         groups.setdefault((r.kind, r.terms if r.kind.startswith("neumann") else 0, r.block), []).append(i)
@@ -272,10 +277,13 @@ class _Generators(_Blocks):
         return max(1, min(len(self), _STRONGEST, MEAN_WORK * 10 // min(self.block, _DECOMPOSED) ** 3))
 
     def _narrow(self, index: np.ndarray) -> None:
-        for part in self.portions(index[~self.narrow[index]]):
-            low, high = (t.numpy() for t in lambda_bounds(self.rows(part), self.block))
-            self.low[part], self.high[part] = np.maximum(self.low[part], low), np.minimum(self.high[part], high)
-            self.narrow[part] = True
+        def work(parts: Iterator[np.ndarray]) -> None:
+            for part in parts:
+                low, high = (t.numpy() for t in lambda_bounds(self.rows(part), self.block))
+                self.low[part], self.high[part] = np.maximum(self.low[part], low), np.minimum(self.high[part], high)
+                self.narrow[part] = True
+
+        spread(work, list(self.portions(index[~self.narrow[index]])))
 
     def _know(self, index: np.ndarray) -> None:
         index = np.sort(index[~self.known[index]])

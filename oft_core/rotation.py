@@ -24,8 +24,23 @@ def block_size_of(length: int) -> int | None:
     return b if length > 0 and b * (b - 1) // 2 == length else None
 
 
+@functools.lru_cache(32)
+def _skew_places(b: int) -> Tensor:
+    """Where each entry of a skew block (b*b,) stands in its packed vector, the same negated, and a zero."""
+    i, j = torch.triu_indices(b, b, 1)
+    n = len(i)
+    places = torch.full((b, b), 2 * n)
+    places[i, j], places[j, i] = torch.arange(n), torch.arange(n, 2 * n)
+    return places.flatten()
+
+
 def unpack_skew(v: Tensor, b: int) -> Tensor:
     """Packed (..., b(b-1)/2), the strict upper triangle row by row -> skew-symmetric (..., b, b)."""
+    if v.dtype == torch.float32 and v.device.type == "cpu" and not (v.requires_grad and torch.is_grad_enabled()):
+        # The same in a single pass; slower in float64, and backwards.
+        flat = v.reshape(-1, v.shape[-1])
+        signed = torch.cat([flat, -flat, flat.new_zeros(len(flat), 1)], 1)
+        return signed.index_select(1, _skew_places(b)).view(*v.shape[:-1], b, b)
     i, j = torch.triu_indices(b, b, 1, device=v.device)
     upper = v.new_zeros(*v.shape[:-1], b * b).index_copy(-1, i * b + j, v).unflatten(-1, (b, b))
     return upper - upper.transpose(-1, -2)
@@ -218,18 +233,17 @@ def lambda_bounds(v: Tensor, b: int) -> tuple[Tensor, Tensor]:
     From power sums: lam^2 occurs twice among the eigenvalues of G = q^T q, so lam^4 <= |G|^2 / 2 and lam^8 <= |G^2|^2 / 2, and
     |G^2|^2 / |G|^2 <= lam^4. Two products of float32 matrices a block; the rounding is in the bounds.
     """
-    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=torch.float64)
-    unit = v / norm.clamp_min(1e-30).float()
-    i, j = torch.triu_indices(b, b, 1, device=v.device)
-    q = unit.new_zeros(len(v), b * b).index_copy_(1, i * b + j, unit).view(-1, b, b)
-    q = q - q.transpose(1, 2)
+    norm = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+    middle = bool(norm.max() < 1e4) and bool(norm.min() > 1e-4)  # the eighth power fits into float32 as it is
+    unit = torch.ones_like(norm) if middle else norm.clamp_min(1e-30)
+    q = unpack_skew(v if middle else v / unit.unsqueeze(1).float(), b)
     gram = torch.bmm(q, q)  # the sign does not matter here
-    first = torch.linalg.vector_norm(gram, dim=(1, 2)).double().square()
-    second = torch.linalg.vector_norm(torch.bmm(gram, gram), dim=(1, 2)).double().square()
+    first = torch.linalg.vector_norm(gram, dim=(1, 2)).double()
+    second = torch.linalg.vector_norm(torch.bmm(gram, gram, out=q), dim=(1, 2)).double()
     slack = 1 + 4 * b**1.5 * 2.0**-24
-    high = torch.minimum((second / 2).pow(1 / 8) * slack, torch.ones_like(first))
-    low = (second / first.clamp_min(1e-30)).pow(1 / 4) / slack
-    return low * norm[:, 0], high * norm[:, 0] * (1 + 1e-6)
+    high = torch.minimum((second.square() / 2).pow(1 / 8) * unit * slack, norm * (1 + 1e-6))
+    low = (second / first.clamp_min(1e-38)).sqrt() * unit / slack
+    return low, high
 
 
 def lambdas(q: Tensor) -> Tensor:
