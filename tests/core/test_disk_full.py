@@ -35,20 +35,22 @@ try:
 except AdapterError as error:
     print(error, file=sys.stderr); sys.exit(1)
 """
-ADAPTER = """
+ADAPTER = f"""
 import torch
 from pathlib import Path
 from oft_core import AdapterError, LayerRotation, NameIndex
 from oft_core.formats.write import write_adapter
-NAME = %r
-layers = {NAME + ".weight": LayerRotation("in", 64, 4, generator=torch.randn(1, 4, 2016) * 1e-2, kind="neumann") for _ in range(1)}
-layers |= {NAME.replace("to_q", "to_" + k) + ".weight": LayerRotation("in", 64, 4, generator=torch.randn(1, 4, 2016) * 1e-2, kind="neumann") for k in "kv"}
-index = NameIndex({key: (256, 256) for key in layers})
+NAME = {NAME!r}
+layers = {{
+    NAME.replace("to_q", "to_" + k) + ".weight": LayerRotation("in", 64, 4, generator=torch.randn(1, 4, 2016) * 1e-2, kind="neumann")
+    for k in "qkv"
+}}
+index = NameIndex({{key: (256, 256) for key in layers}})
 try:
     write_adapter(layers, index, Path(sys.argv[1]), sys.argv[2])
 except AdapterError as error:
     print(error, file=sys.stderr); sys.exit(1)
-""" % NAME
+"""
 MERGE = """
 from oft_core.cli import main
 sys.exit(main(sys.argv[1:]))
