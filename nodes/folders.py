@@ -180,6 +180,8 @@ def read(name: str, options: ReadOptions | None = None) -> Adapter:
             return _cache[stamp][0]
         with normal_tensors():
             adapter = load_adapter(path, options)
+        for earlier in [key for key in _cache if key[0][0] == path and key[0] != stamp[0]]:
+            del _cache[earlier]  # the file has changed since
         _cache[stamp] = (adapter, stamp[0][2])
         while len(_cache) > 1 and sum(size for _, size in _cache.values()) > CACHE_BYTES:
             _cache.popitem(last=False)
