@@ -63,7 +63,8 @@ _STEPS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"(?:model[._])?diffusion_model[._]"), "unet"),
     (re.compile(r"unet[._]"), "unet"),
     (re.compile(rf"text_encoders[._]({_KNOWN_ENCODER})[._]"), "te"),
-    (re.compile(r"text_encoders[._](\w+?)[._](?=transformer[._])"), "te"),
+    # ComfyUI since 0.28 also leaves out the encoder's name where it is no CLIP
+    (re.compile(r"text_encoders[._](?:(\w+?)[._])?(?=transformer[._])"), "te"),
     (re.compile(rf"({_KNOWN_ENCODER})[._]"), "te"),
     (re.compile(r"text_encoder(?:_([123]))?[._]"), "te"),
     (re.compile(r"te([123]?)\."), "te"),

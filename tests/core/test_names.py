@@ -627,6 +627,8 @@ def test_t5_wins_over_the_number():
     assert index.resolve(f"lora_te2_{Q}") == []
     index = NameIndex(sd3_checkpoint())
     assert keys(index, f"lora_te3_{path}") == [f"text_encoders.{key}"]
+    bare = key.removeprefix("t5xxl.").removesuffix(".weight")
+    assert keys(index, f"text_encoders.{bare}") == keys(index, f"text_encoders_{bare}") == [f"text_encoders.{key}"]
     assert keys(index, f"lora_te2_{Q}") == [f"text_encoders.clip_g.transformer.{Q_DOTTED}.weight"]
     assert keys(NameIndex(prefixed("text_encoder_2.", t5())), f"lora_te2_{path}") == [
         "text_encoder_2.encoder.block.2.layer.0.SelfAttention.q.weight"
@@ -754,6 +756,9 @@ def test_names_of_nothing(module: str):
         ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "te3"),
         ("text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "te2"),
         ("text_encoders.t5xxl.transformer.shared", "te3"),
+        ("text_encoders.transformer.encoder.block.2.layer.0.SelfAttention.q", "te3"),
+        ("text_encoders.transformer.shared", "te3"),
+        ("text_encoders.transformer.model.layers.0.self_attn.q_proj", "te1"),
         ("base_model.model.text_model.encoder.layers.0.mlp.fc1", "te1"),
         ("lycoris_text_model_encoder_layers_0_mlp_fc1", "te1"),
         ("lycoris_transformer_blocks_0_attn_to_q", "unet"),

@@ -1,14 +1,18 @@
 """Compare our name index with ComfyUI's own key maps. Runs by itself: python names_oracle.py COMFYUI_FOLDER
 REPOSITORY
 
-Builds the full models on the meta device (shapes only) and checks that every alias that ComfyUI knows for a
-parameter of the model leads, in our index, to the same parameter, the same rows and the same exchange of
-halves. Prints a JSON report; exit status 1 on any difference.
+Builds the full models on the meta device (shapes only) and checks that every alias that this ComfyUI knows for a
+parameter of the model leads, in our pack, to the same parameter, the same rows and the same exchange of halves.
+Later versions add aliases. Our own index, which the command line uses too, need not know them: the pack then finds
+them in ComfyUI's table. But it must not lead one elsewhere. Prints a JSON report with how many it knows; exit status
+1 on any difference.
 """
 
+import importlib
 import json
 import os
 import sys
+import types
 
 host, repository = sys.argv[1:3]
 sys.path[0:1] = [host]
@@ -29,9 +33,12 @@ import comfy.text_encoders.sd2_clip
 import comfy.text_encoders.sd3_clip
 import torch
 
-# our package last: the repository's folder `nodes` must not hide ComfyUI's module of that name
-sys.path.append(repository)
-from oft_core.names import NameIndex, component
+# As a package of another name: the repository's folder `nodes` must not hide ComfyUI's module of that name, and the
+# pack's own entry point would make folders in the host.
+pack = sys.modules["pack"] = types.ModuleType("pack")
+pack.__path__ = [repository]
+host_names = importlib.import_module("pack.nodes.host_names")
+NameIndex, component = (getattr(importlib.import_module("pack.oft_core.names"), n) for n in ("NameIndex", "component"))
 
 META = torch.device("meta")
 UNET = {
@@ -200,26 +207,37 @@ def wanted(value):
 
 
 def compare(key_map, state_dict, rename=lambda key: key, part=None):
-    """Counts of compared aliases and the list of differences; `rename`: how the keys are called in the
-    model that we index."""
-    index = NameIndex({rename(key): tuple(value.shape) for key, value in state_dict.items()})
-    compared, differences = 0, []
+    """Counts of compared aliases and the list of differences; `rename`: how the keys are called in the model that we
+    index. part: key -> component, given for ComfyUI's live models, where the pack has ComfyUI's table as well."""
+    shapes = {rename(key): tuple(value.shape) for key, value in state_dict.items()}
+    index = NameIndex(shapes)
+    with_table = host_names.HostIndex(shapes, host_names._aliases(key_map)) if part is not None else None
+    compared, known, differences = 0, 0, []
     for alias, value in key_map.items():
         key, rows, swap = wanted(value)
         if key not in state_dict:
             continue  # ComfyUI's tables name every module that some version of the family has
         compared += 1
-        got = [(t.key, t.rows, t.swap_halves) for t in index.resolve(alias)]
-        if got != [(rename(key), rows, swap)]:
-            differences.append([alias, [rename(key), rows, swap], got])
+        expected = [(rename(key), rows, swap)]
+        got = resolved(index, alias)
+        known += got == expected
+        if got and got != expected:
+            differences.append([alias, expected, got])
+        elif with_table is not None and resolved(with_table, alias) != expected:
+            differences.append([alias, expected, resolved(with_table, alias)])
         if part is not None and component(alias) != part(key):
             differences.append([alias, part(key), component(alias)])
     return {
         "family": index.family,
         "parameters": len(state_dict),
         "aliases": compared,
+        "known": known,
         "differences": differences,
     }
+
+
+def resolved(index, alias):
+    return [(t.key, t.rows, t.swap_halves) for t in index.resolve(alias)]
 
 
 def encoder_of(key):
@@ -261,7 +279,7 @@ def open_clip_rows():
                 found = found.narrow(0, *targets[0].rows)
             if not torch.equal(found, value):
                 differences.append([alias, key, str(targets[0])])
-    return {"aliases": compared, "differences": differences}
+    return {"aliases": compared, "known": compared - len(differences), "differences": differences}
 
 
 report = {}
