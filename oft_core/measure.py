@@ -10,15 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .build import build_all
 from .constraint import Strength, limit_factor
-from .layer import LayerRotation, build_all, core_constraint
+from .limits import core_constraint, multiplier
 from .rotation import lambda_bounds, lambdas, orthogonality_error, transform, unpack_skew
+from .spectra import lam_of, largest_lam, spectrum_of
 from .threads import spread, undivided
+
+if TYPE_CHECKING:
+    from .layer import LayerRotation
 
 #: Above this many numbers times block size, two products of every block would take seconds; all measures are then estimates.
 EXACT_WORK = 10**10
@@ -104,6 +110,31 @@ def _measure(rotations: Sequence[LayerRotation], strength: Strength) -> Measures
     return Measures(
         top, float(sums[0] / sums[1]), top_estimated, mean_estimated, error, tuple(sorted(diverging)), min(reach, degrees)
     )
+
+
+def layer_angles(layer: LayerRotation, strength: Strength | None = None) -> Tensor:
+    """Rotation angle in radians of every plane (stages, stored, b) at strength 1, limits applied as ``strength.coft`` says."""
+    if layer.kind == "matrix":
+        return spectrum_of(layer).planes.double()
+    limit = multiplier(layer, replace(strength or Strength(), value=1.0), "cpu").expand(layer.stages, layer.stored)
+    return transform(layer.kind, layer.terms).angle(lam_of(layer) * limit.unsqueeze(-1))
+
+
+def layer_reach(layer: LayerRotation, strength: Strength) -> float:
+    """Largest angle in radians of any plane at a strength (mode rotation or geodesic), limits applied."""
+    s = abs(strength.value)
+    if layer.kind == "matrix":
+        top = s * float(spectrum_of(layer).planes.max())
+        return min(top, torch.pi * strength.coft / 180) if isinstance(strength.coft, float) else top
+    angle, lam = transform(layer.kind, layer.terms).angle, largest_lam(layer) * multiplier(layer, strength, "cpu")
+    return float((s * angle(lam) if strength.mode == "geodesic" else angle(s * lam)).max())
+
+
+def layer_error(layer: LayerRotation) -> float:
+    """max |M^T M - I| over all blocks at strength 1. Cached."""
+    if "error" not in layer._cache:
+        layer._cache["error"] = float(orthogonality_error(layer.build(Strength()).matrices.double()).max())
+    return layer._cache["error"]
 
 
 class _Blocks:

@@ -38,7 +38,7 @@ def unpack_skew(v: Tensor, b: int) -> Tensor:
     """Packed (..., b(b-1)/2), the strict upper triangle row by row -> skew-symmetric (..., b, b)."""
     if v.numel() and v.dtype == torch.float32 and v.device.type == "cpu" and not (v.requires_grad and torch.is_grad_enabled()):
         # The same in a single pass; slower in float64, and backwards.
-        flat = v.reshape(-1, v.shape[-1])
+        flat = v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # a block of one row has no numbers
         signed = torch.cat([flat, -flat, flat.new_zeros(len(flat), 1)], 1)
         return signed.index_select(1, _skew_places(b)).view(*v.shape[:-1], b, b)
     i, j = torch.triu_indices(b, b, 1, device=v.device)
@@ -51,7 +51,7 @@ def pack_skew(q: Tensor) -> Tensor:
     b = q.shape[-1]
     i, j = torch.triu_indices(b, b, 1, device=q.device)
     # One list of places in flat blocks: reading by pairs of indices takes ten times as long.
-    return q.reshape(-1, b * b).index_select(1, i * b + j).view(*q.shape[:-2], -1)
+    return q.reshape(-1, b * b).index_select(1, i * b + j).view(*q.shape[:-2], len(i))
 
 
 def cayley(q: Tensor) -> Tensor:

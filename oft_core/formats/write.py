@@ -22,6 +22,7 @@ from ..atomic import atomically
 from ..constraint import Strength
 from ..errors import FormatError, ShapeError
 from ..layer import Diff, LayerRotation
+from ..limits import multiplier
 from ..names import NameIndex, Spelling
 from ..rotation import unpack_skew
 from .write_beside import BaseWeights, Beside, beside_comfy, beside_lycoris, beside_peft, refused
@@ -93,7 +94,7 @@ def write_adapter(
 
 def _settled(layer: LayerRotation) -> Tensor:
     """The packed generator with its own limits applied, float32 (n or 1, b(b-1)/2)."""
-    limit = layer._limit(Strength(), "cpu").expand(layer.stages, layer.stored)
+    limit = multiplier(layer, Strength(), "cpu").expand(layer.stages, layer.stored)
     return (layer.generator.double() * limit.unsqueeze(-1)).float()[0]
 
 

@@ -57,6 +57,7 @@ FILES = {
     "butterfly": [layer(8, 6, 0.2, 1, stages=3, butterfly="lycoris")],
     "nothing": [LayerRotation("out", 8, 2, generator=torch.zeros(1, 2, 28))],
     "one plane each": [LayerRotation("in", 8, 40, generator=torch.eye(28)[torch.arange(40) % 28].unsqueeze(0) * 0.3)],
+    "blocks of one row": [LayerRotation("out", 1, 24, generator=torch.zeros(1, 24, 0)), layer(8, 2, 0.2, 1)],
     "huge": [layer(8, 3, 1e7, 1), layer(8, 3, 0.1, 2)],
 }
 STRENGTHS = [Strength(), Strength(1.0, "rotation", "off"), Strength(1.0, "rotation", 15.0), Strength(1.0, "geodesic", "hold")]

@@ -31,6 +31,15 @@ def test_pack_and_unpack(b: int) -> None:
     assert rot.block_size_of(v.shape[-1]) == b
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (5,), (2, 0), ()])
+def test_blocks_of_one_row_and_no_blocks(shape: tuple[int, ...]) -> None:
+    for b, dtype in ((1, torch.float32), (1, torch.float64), (4, torch.float32)):
+        v = torch.ones(*shape, b * (b - 1) // 2, dtype=dtype)
+        q = rot.unpack_skew(v, b)
+        assert q.shape == (*shape, b, b) and torch.equal(rot.pack_skew(q), v)
+        assert torch.equal(q, rot.unpack_skew(v.double(), b).to(dtype))
+
+
 @pytest.mark.parametrize("length", [0, 2, 4, 5, 7, 11])
 def test_impossible_vector_lengths(length: int) -> None:
     assert rot.block_size_of(length) is None

@@ -535,6 +535,6 @@ def test_a_range_of_a_series_is_found_without_all_its_planes(monkeypatch: pytest
     """The norm of this block lies above 1, its largest lam far below: power sums tell."""
     layer = LayerRotation("in", 32, 2, kind="neumann", generator=packed(1, 2, 32, 0.7))
     assert layer.lam_bound() > 1
-    monkeypatch.setattr("oft_core.layer.lambdas", None)
+    monkeypatch.setattr("oft_core.spectra.lambdas", None)
     layer.check_strength(Strength(0.5))
     layer.check_values()

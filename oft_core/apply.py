@@ -1,0 +1,133 @@
+"""A built rotation with its factors, applied to a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import blocks as multiply
+from .build import Built
+from .constraint import Strength
+from .errors import ShapeError
+
+if TYPE_CHECKING:
+    from .layer import LayerRotation
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One rotation at one strength as plain numbers, in the terms of ``blocks.transform_``."""
+
+    stages: list[Tensor]
+    permutations: list[Tensor | None] | None
+    rows: Tensor | None
+    cols: Tensor | None
+    mix: float | None
+    inverse: bool
+    count: int
+
+
+def apply_layer_(
+    layer: LayerRotation,
+    weight: Tensor,
+    strength: Strength,
+    *,
+    rotation: Built | None = None,
+    base_row_norm: Tensor | None = None,
+) -> None:
+    """Apply to ``weight`` (out, ...) in place, block by block; float32 arithmetic, one rounding to the weight's dtype.
+
+    weight: any floating dtype and device; a row slice of a larger tensor is fine. rotation: what ``build`` gave for the same
+    strength, to save building it again. base_row_norm: (out,) norms of the unpatched rows, needed if ``needs_base_norm``.
+    In the modes rotation and geodesic a negative strength undoes the positive one: M(-s) = M(s)^-1, row factors in reverse order.
+    """
+    built = rotation if rotation is not None else layer.build(strength, weight.device)
+    if built is None:
+        return
+    if layer.added is not None:
+        _apply_added_(layer, weight, strength, built)
+        return
+    _multiply_(layer, weight, built, _row_factors(layer, weight, base_row_norm), strength)
+
+
+def _apply_added_(layer: LayerRotation, weight: Tensor, strength: Strength, built: Built) -> None:
+    """DoKr-OFT: rotate the sum of weight and difference. The only form that needs a full-size float32 copy."""
+    s = strength.value
+    delta = layer.added.to(weight.device, torch.float32).reshape(weight.shape)
+    if strength.mode == "linear":
+        work = weight.float() + delta
+        _multiply_(layer, work, built, _row_factors(layer, work, None), Strength())
+        work = torch.lerp(weight.float(), work, s)
+    else:
+        work = torch.add(weight.float(), delta, alpha=s)
+        _multiply_(layer, work, built, _row_factors(layer, work, None), strength)
+    multiply.store_(weight, work)
+
+
+def _row_factors(layer: LayerRotation, weight: Tensor, base_row_norm: Tensor | None) -> Tensor | None:
+    """Row factors at strength 1 for this weight, float32 (out,)."""
+    current = layer.row_scale is not None and layer.norm_of == "current"
+    return row_factors(layer, multiply.row_norms(weight) if current else base_row_norm, weight.device)
+
+
+def row_factors(layer: LayerRotation, norm: Tensor | None, device: torch.device | str) -> Tensor | None:
+    """Row factors at strength 1, float32 (out,) on ``device``; None without any.
+
+    norm: (out,) the row norms that ``norm_of`` asks for. Raises ShapeError if they are needed and absent.
+    """
+    if layer.row_scale is None:
+        return None
+    rows = layer.row_scale.to(device, torch.float32)
+    if layer.norm_of:
+        if norm is None:
+            raise ShapeError("The row norms of the unpatched weight are needed for this layer (dora_scale)")
+        rows = rows / norm.to(device, torch.float32).clamp_min(1e-12)
+    return rows
+
+
+def _multiply_(layer: LayerRotation, weight: Tensor, built: Built, rows: Tensor | None, strength: Strength) -> None:
+    f = factors_of(layer, built, rows, strength, weight.device)
+    multiply.transform_(
+        weight, f.stages, side=layer.side, count=f.count, permutations=f.permutations, rows=f.rows, cols=f.cols, mix=f.mix,
+        inverse=f.inverse, memory_view=layer.memory_view,
+    )
+
+
+def factors_of(layer: LayerRotation, built: Built, rows: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
+    """What the rotation at a strength multiplies with. rows: the factors at strength 1 of ``row_factors``."""
+    s, mode = strength.value, strength.mode
+    cols = None if layer.col_scale is None else layer.col_scale.to(device, torch.float32)
+    matrices = built.matrices.to(device)
+    stages = [matrices[i] for i in built.order]
+    mix: float | None = None
+    inverse = False
+    if mode == "core":
+        mix = s if layer.butterfly else s * s
+        if layer.butterfly:
+            eye = torch.eye(layer.block, device=device)
+            stages = [torch.lerp(eye.expand_as(m), m, s) for m in stages]
+        else:
+            rows = cols = None
+    elif mode == "linear":
+        mix = None if s == 1 else s
+    else:
+        rows, cols = powered(rows, s), powered(cols, s)
+        inverse = s < 0
+    index: list[Tensor | None] | None = None
+    count = layer.count
+    if built.product:
+        count = 1
+    elif layer.butterfly:
+        index = [multiply.butterfly_permutation(layer.butterfly, i, layer.block, layer.axis, device) for i in built.order]
+    return Factors(stages, index, rows, cols, mix, inverse, count)
+
+
+def powered(factors: Tensor | None, s: float) -> Tensor | None:
+    """Row or column factors at strength s in the rotation modes: m^s, or 1 + s(m - 1) for a factor that is not positive."""
+    if factors is None:
+        return None
+    # The bounds keep the square of a factor, and its inverse, inside float32.
+    return torch.where(factors > 0, factors.clamp(1e-15, 1e15).pow(s), 1 + s * (factors - 1))
