@@ -36,7 +36,7 @@ def _skew_places(b: int) -> Tensor:
 
 def unpack_skew(v: Tensor, b: int) -> Tensor:
     """Packed (..., b(b-1)/2), the strict upper triangle row by row -> skew-symmetric (..., b, b)."""
-    if v.numel() and v.dtype == torch.float32 and v.device.type == "cpu" and not (v.requires_grad and torch.is_grad_enabled()):
+    if v.dtype == torch.float32 and v.device.type == "cpu" and not (v.requires_grad and torch.is_grad_enabled()):
         # The same in a single pass; slower in float64, and backwards.
         flat = v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # a block of one row has no numbers
         signed = torch.cat([flat, -flat, flat.new_zeros(len(flat), 1)], 1)
