@@ -1009,7 +1009,7 @@ def work_per_step_is_bounded():
     """Files are not read, planes are found once a layer, weights are merged only when the factor changes."""
     import gc
 
-    from comfyui_oft.oft_core import layer
+    from comfyui_oft.oft_core import spectra as planes
 
     gc.collect()
     held = cache.total_bytes()
@@ -1018,8 +1018,8 @@ def work_per_step_is_bounded():
     patched = applied(scheduled(adapter, "step 0:0.2, 0.3:0.7, 0.6:0.7, 0.8:1"), model, 0.8, "geodesic").model
     management.load_models_gpu([patched])
     spectra, batches, merged = [], [], []
-    originals = layer.generator_spectrum, cache.build_all, track.merge_again
-    layer.generator_spectrum = lambda q: spectra.append(q.shape) or originals[0](q)
+    originals = planes.generator_spectrum, cache.build_all, track.merge_again
+    planes.generator_spectrum = lambda q: spectra.append(q.shape) or originals[0](q)
     cache.build_all = lambda ops, *more: batches.append(len(ops)) or originals[1](ops, *more)
     track.merge_again = lambda p, keys: merged.append(len(set(keys))) or originals[2](p, keys)
     try:
@@ -1028,7 +1028,7 @@ def work_per_step_is_bounded():
             Sampling(patched, 20).run(lambda i, p: None)
             found.append((len(spectra), len(batches), list(merged)))
     finally:
-        layer.generator_spectrum, cache.build_all, track.merge_again = originals
+        planes.generator_spectrum, cache.build_all, track.merge_again = originals
     management.unload_all_models()
     count = len(patched.patches)
     # 0.2, 0.7, 1.0: three changes a run (full strength first), and none for the 20 steps in between.
