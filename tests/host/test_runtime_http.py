@@ -329,7 +329,8 @@ def test_fp8_models(
     assert far(auto, truth) <= 2 < far(merged, truth)
     assert far(auto, picture(client, "sd3", parts=parts)) > 3
     said = report(client, "sd3", files["sd3"], parts)
-    assert "fp8" in said and "activations of" in said and "saved checkpoint" in said, said
+    # Later hosts name the layout, in capitals.
+    assert "fp8" in said.lower() and "activations of" in said and "saved checkpoint" in said, said
 
 
 def packed_file(client: Client, host: ComfyServer, oft_dir: Path, family: str) -> str:
