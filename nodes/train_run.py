@@ -122,7 +122,6 @@ class Run:
             path = self._file()
             # Also written again where the same run was begun anew and stopped on the way.
             if header(path).get("ss_steps") != str(saved["steps"]):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 atomically(path, lambda part: shutil.copyfile(self.folder / saved["copy"], part))
             samples = [from_pillow(Image.open(self.folder / s)) for s in saved["samples"]]
             adapter = load_adapter(path)

@@ -103,9 +103,8 @@ class Store:
         self._used.add(path)
         plain, tensors = to_tensors(value)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             atomically(path, lambda part: save_file(tensors, part, metadata={"value": json.dumps(plain)}))
-        except (FileError, OSError) as error:
+        except FileError as error:
             log.warning("OFT: the training cache could not be written: %s", error)
 
     def prune(self) -> int:
