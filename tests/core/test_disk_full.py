@@ -161,7 +161,7 @@ TRAIN = """
 
     root = Path(sys.argv[1])
     losses, whole = train(root / "whole", 8), tensors(root / "whole")
-    for size in (0, 1000, 20_000):
+    for size in (0, 1000, 10_000):
         for first in (0, 4):
             folder = root / f"{size} {first}"
             if first:
