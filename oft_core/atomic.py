@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +17,10 @@ PARTIAL = ".partial"
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it. The folder is made if it is not there.
+    """Let ``write`` fill a temporary file in a hidden folder beside ``path``, then rename it. ``path``'s folder is made if need be.
 
-    Raises what ``write`` raises, and FileError where the disk or a folder refuses; the temporary file is gone then. Only a killed
-    process leaves one: see ``remove_partials``.
+    Raises what ``write`` raises, and FileError where the disk or a folder refuses; nothing temporary is left then. Only a killed
+    process leaves such a folder, with all that libraries write beside the file (safetensors does): see ``remove_partials``.
     """
     all_or_none({path: write})
 
@@ -31,26 +31,22 @@ def all_or_none(files: Mapping[Path, Callable[[str], object]]) -> None:
     """
     for path in files:
         check_target(path)
-    written: dict[Path, str] = {}
+    places: dict[Path, str] = {}
     path = Path()
     try:
         try:
             for path, write in files.items():  # noqa: B007 (the file at which it failed is named)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
-                written[path] = temporary
-                os.close(handle)
+                places[path] = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+                temporary = os.path.join(places[path], "file")  # no list of models shows such a name
                 write(temporary)
-                os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets the owner alone read
+                os.chmod(temporary, 0o666 & ~_umask())  # safetensors lets the owner alone read
                 sync(temporary)
-            for path in list(written):
-                os.replace(written[path], path)
-                del written[path]
-        except BaseException:
-            for temporary in written.values():
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-            raise
+            for path, place in places.items():
+                os.replace(os.path.join(place, "file"), path)
+        finally:
+            for place in places.values():
+                shutil.rmtree(place, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise FileError("The file cannot be written", file=path, found=reason(error)) from error
 
@@ -76,6 +72,13 @@ def check_target(path: Path) -> None:
 def remove_partials(folder: Path, stem: str) -> None:
     """Delete what a killed process left of files in ``folder`` whose names begin with ``stem``."""
     for rest in folder.glob(f".{glob.escape(stem)}*{PARTIAL}"):
+        remove_partial(rest)
+
+
+def remove_partial(rest: Path) -> None:
+    if rest.is_dir():
+        shutil.rmtree(rest, ignore_errors=True)
+    else:
         rest.unlink(missing_ok=True)
 
 
