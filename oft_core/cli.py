@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -33,19 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        where = error.filename or ("standard output" if _full() else "unknown")
-        print(f"error: {error.strerror or error}; file: {where}", file=sys.stderr)
+        print(f"error: {error.strerror or error}; file: {error.filename or 'standard output'}", file=sys.stderr)
+        if error.filename is None and isinstance(sys.stdout, io.TextIOWrapper):
+            # What could not be printed would be tried, and complained of, once more at the end of the process.
+            with contextlib.suppress(OSError):  # it may stand for something without a number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
-
-
-def _full() -> bool:
-    """Whether standard output takes no more. If so it is let go, else Python would complain once more when it ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _parser() -> argparse.ArgumentParser:
