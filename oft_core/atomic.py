@@ -35,7 +35,7 @@ def all_or_none(files: Mapping[Path, Callable[[str], object]]) -> None:
     path = Path()
     try:
         try:
-            for path, write in files.items():  # noqa: B007 (the file at which it failed is named)
+            for path, write in files.items():  # the error names the one at which it failed
                 path.parent.mkdir(parents=True, exist_ok=True)
                 places[path] = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
                 temporary = os.path.join(places[path], "file")  # no list of models shows such a name
