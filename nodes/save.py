@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..oft_core import Adapter, Diff, LayerRotation
-from ..oft_core.atomic import atomically
+from ..oft_core.atomic import all_or_none
 from ..oft_core.errors import FileError, FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
 from ..oft_core.training import ConfigError
@@ -110,12 +110,12 @@ def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
         for k, t in tensors.items()
     }
     config = _peft_config(adapter)
+    files = {}
     if config is not None:
         path = path.with_suffix("") / "adapter_model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        atomically(path.parent / folders.CONFIG, lambda part: Path(part).write_bytes(config))
-    atomically(path, lambda part: save_file(tensors, part, metadata or None))
+        files[path.parent / folders.CONFIG] = lambda part: Path(part).write_bytes(config)
+    files[path] = lambda part: save_file(tensors, part, metadata or None)
+    all_or_none(files)
     return path
 
 

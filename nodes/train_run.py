@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from ..oft_core import Adapter, AdapterError, describe
 from ..oft_core.adapter import load_adapter
 from ..oft_core.atomic import atomically, remove_partials
-from ..oft_core.training import ConfigError, Progress, Record, Trainer, TrainingError
+from ..oft_core.training import ConfigError, Progress, Record, StateError, Trainer, TrainingError
 from ..oft_core.training.checkpoint import saved_states
 from ..oft_core.training.selection import Selection
 from . import folders, train_host, train_mode
@@ -124,7 +124,6 @@ class Run:
             path = self._file()
             # Also written again where the same run was begun anew and stopped on the way.
             if header(path).get("ss_steps") != str(saved["steps"]):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 atomically(path, lambda part: shutil.copyfile(self.folder / saved["copy"], part))
             samples = [from_pillow(Image.open(self.folder / s)) for s in saved["samples"]]
             adapter = load_adapter(path)
@@ -198,6 +197,12 @@ class Run:
             raise
         except TrainingError:
             train_mode.free_memory()
+            raise
+        except StateError as error:
+            # The disk of the states is full; that of the files may not be, and a file is smaller than a state.
+            if trainer.step > self.resumed:
+                self._write(self.path)
+                error.hint = f"{error.hint or ''} What was learnt in {trainer.step} steps is in {listed(self.path)}.".strip()
             raise
         if not result.losses:
             raise ConfigError("Nothing was trained")

@@ -23,7 +23,7 @@ from comfyui_version import __version__ as host_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..oft_core.atomic import PARTIAL, atomically
+from ..oft_core.atomic import PARTIAL, atomically, remove_partial
 from ..oft_core.errors import FileError
 from ..oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
 
@@ -103,18 +103,18 @@ class Store:
         self._used.add(path)
         plain, tensors = to_tensors(value)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             atomically(path, lambda part: save_file(tensors, part, metadata={"value": json.dumps(plain)}))
-        except (FileError, OSError) as error:
+        except FileError as error:
             log.warning("OFT: the training cache could not be written: %s", error)
 
     def prune(self) -> int:
         """Delete what was used longest ago until the limit is kept; what this run uses stays. Returns the bytes freed."""
         if not self.folder.is_dir():
             return 0
-        for rest, stat in _files(self.folder, f"*{PARTIAL}"):
-            if time.time() - stat.st_mtime > 3600:
-                rest.unlink(missing_ok=True)  # left by a kill
+        for rest in self.folder.glob(f"*{PARTIAL}"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - rest.stat().st_mtime > 3600:
+                    remove_partial(rest)  # left by a kill
         files = sorted((s.st_mtime, s.st_size, p) for p, s in _files(self.folder, "*.safetensors"))
         total, freed = sum(size for _, size, _ in files), 0
         for _, size, path in files:

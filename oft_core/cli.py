@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,11 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace") if stream.isatty() else stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.strerror or error}; file: {error.filename}", file=sys.stderr)
+        print(f"error: {error.strerror or error}; file: {error.filename or 'standard output'}", file=sys.stderr)
+        if error.filename is None and isinstance(sys.stdout, io.TextIOWrapper):
+            # What could not be printed would be tried, and complained of, once more at the end of the process.
+            with contextlib.suppress(OSError):  # it may stand for something without a number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

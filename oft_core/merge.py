@@ -165,7 +165,6 @@ def merge_file(
     target = None if dtype == "keep" else DTYPES[dtype]
     metadata[METADATA_KEY] = json.dumps(_history(metadata) + [_record(adapter, strength, binding)])
     header, total = _layout(stored, metadata, target)
-    out.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary: str) -> None:
         done = 0

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomically
+from ..atomic import all_or_none
 from ..constraint import Strength
 from ..errors import FormatError, ShapeError
 from ..layer import Diff, LayerRotation
@@ -79,13 +79,12 @@ def write_adapter(
     if beside:
         writer.beside(dict(beside), layers, index, base, tensors, config)
     tensors = {k: (t.to(dtype) if t.is_floating_point() and t.numel() > 1 else t).contiguous() for k, t in tensors.items()}
-    path = Path(path)
+    path, files = Path(path), {}
     if config is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        atomically(path / "adapter_config.json", lambda p: Path(p).write_text(json.dumps(config, indent=2), "utf-8"))
+        files[path / "adapter_config.json"] = lambda p: Path(p).write_text(json.dumps(config, indent=2), "utf-8")
         path = path / "adapter_model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomically(path, lambda p: save_file(tensors, p, dict(metadata or {}) or None))
+    files[path] = lambda p: save_file(tensors, p, dict(metadata or {}) or None)
+    all_or_none(files)
     return path
 
 

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic import atomically, remove_partials
+from ..errors import FileError
 from .errors import StateError
 
 _NAME = re.compile(r"state-(\d{8})\.safetensors")
@@ -25,27 +27,21 @@ def save_state(folder: Path, step: int, state: Mapping[str, object], fingerprint
 
     Raises StateError if the disk does not take it; earlier states stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plain, tensors = to_tensors(state)
     header = {"format": _FORMAT, "step": str(step), "state": json.dumps(plain), "fingerprint": json.dumps(dict(fingerprint))}
     final = folder / f"state-{step:08d}.safetensors"
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, final)
+        atomically(final, lambda part: save_file(tensors, part, metadata=header))
         _sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, FileError) as error:
         raise StateError(
-            "The training state could not be written", file=final, found=str(error), hint="Free some disk space; training can go on."
+            "The training state could not be written", file=final, found=getattr(error, "found", None) or str(error),
+            hint="Free some disk space and start again; it goes on from the last state that was written.",
         ) from error
     # States of later steps are not of this run (or damaged, else it had gone on from them): they are not what is kept.
     for old in [p for p in saved_states(folder) if p.name <= final.name][keep:]:
         old.unlink(missing_ok=True)
-    for rest in folder.glob(".state-*.tmp"):
-        rest.unlink(missing_ok=True)  # left by a run that was killed while it wrote
+    remove_partials(folder, "state-")  # left by a run that was killed while it wrote
     return final
 
 

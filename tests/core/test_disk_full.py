@@ -1,104 +1,197 @@
-"""Writing where the disk takes no more: a clear error, the old file whole, nothing half-written left behind.
-
-A limit on the size of files stands for the full disk (the system then answers writes with an error in the same place).
-"""
+"""A disk that takes no more, in the middle of a real write: every file is the old one or whole, nothing temporary stays, and the
+error names the file and the system's reason."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("resource")
 REPO = Path(__file__).resolve().parents[2]
-NAME = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+pytest.importorskip("resource", reason="limits the size of files as POSIX systems can")
 
-#: Runs the rest of the command line as code, with files of at most 64 KiB.
+#: ``room(size)``: a file may grow to so many bytes, then writes fail as on a full disk. The rest of argv is the program's.
 LIMITED = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv.pop(0))
+    import resource, runpy, signal, sys
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    def room(size=-1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 """
-STATE = """
-import torch
-from oft_core.training.checkpoint import save_state
-from oft_core.errors import AdapterError
-try:
-    save_state(__import__("pathlib").Path(sys.argv[1]), 2, {"w": torch.zeros(200, 200)}, {})
-except AdapterError as error:
-    print(error, file=sys.stderr); sys.exit(1)
-"""
-ADAPTER = f"""
-import torch
-from pathlib import Path
-from oft_core import AdapterError, LayerRotation, NameIndex
-from oft_core.formats.write import write_adapter
-NAME = {NAME!r}
-layers = {{
-    NAME.replace("to_q", "to_" + k) + ".weight": LayerRotation("in", 64, 4, generator=torch.randn(1, 4, 2016) * 1e-2, kind="neumann")
-    for k in "qkv"
-}}
-index = NameIndex({{key: (256, 256) for key in layers}})
-try:
-    write_adapter(layers, index, Path(sys.argv[1]), sys.argv[2])
-except AdapterError as error:
-    print(error, file=sys.stderr); sys.exit(1)
-"""
+REASON = "File too large"  # EFBIG, where a full disk has ENOSPC
+
+
+def limited(program: str, *args: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LIMITED) + textwrap.dedent(program), *map(str, args)], cwd=REPO, env=environment,
+        capture_output=True, text=True, timeout=300, check=False,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ------------------------------------------------------------------ merge
+
+K = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 MERGE = """
-from oft_core.cli import main
-sys.exit(main(sys.argv[1:]))
+    room(int(sys.argv.pop(1)))
+    sys.argv[0] = "oft_core"
+    runpy.run_module("oft_core", run_name="__main__", alter_sys=True)
 """
 
 
-def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", LIMITED + code, "x", str(REPO), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+@pytest.mark.parametrize(("size", "old"), [(0, True), (100, False), (70_000, True), (120_000, False)])
+def test_merge(tmp_path: Path, size: int, old: bool) -> None:
+    """At once, in the header, in a tensor and at the end; over an old file and where there is none."""
+    adapter, base, out = tmp_path / "a.safetensors", tmp_path / "base.safetensors", tmp_path / "to" / "out.safetensors"
+    save_file({f"lora_unet_{K.replace('.', '_')}.oft_blocks": torch.full((4, 16, 16), 0.1)}, adapter)
+    save_file({f"{K}.weight": torch.ones(64, 64), "other.weight": torch.ones(200, 130)}, base)
+    if old:
+        out.parent.mkdir()
+        out.write_bytes(b"old")
+    before = contents(tmp_path)
+    done = limited(MERGE, size, "merge", adapter, base, "-o", out)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"error: The file cannot be written; file: {out}; found: {REASON}.\n"
+    assert contents(tmp_path) == before
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_report_that_finds_no_room(tmp_path: Path, more: list[str]) -> None:
+    save_file({f"lora_unet_{K.replace('.', '_')}.oft_blocks": torch.full((4, 16, 16), 0.1)}, tmp_path / "a.safetensors")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "oft_core", "inspect", tmp_path / "a.safetensors", *more], cwd=REPO, stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device; file: standard output\n")
 
 
-def refused(result: subprocess.CompletedProcess, name: str) -> None:
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr and name in result.stderr and "File too large" in result.stderr, result.stderr
+# ------------------------------------------------------------------ adapters
+
+SAVE = """
+    import json, torch
+    from pathlib import Path
+    from oft_core import FileError, LayerRotation, NameIndex
+    from oft_core.formats.write import write_adapter
+
+    def contents():
+        return {str(p): p.read_bytes() for p in Path(sys.argv[1]).rglob("*") if p.is_file()}
+
+    for dialect, sizes in {"oft_v2": (0, 100, 30_000), "kohya": (0, 30_000), "peft": (0, 1000, 30_000)}.items():
+        layers, shapes = {}, {}
+        for i in range(40):
+            key = f"diffusion_model.input_blocks.1.1.transformer_blocks.{i}.attn1.to_q.weight"
+            shapes[key] = (64, 64)
+            layers[key] = LayerRotation("out" if dialect == "kohya" else "in", 8, 8, "cayley", 5, generator=torch.rand(1, 8, 28))
+        path = Path(sys.argv[1]) / dialect / "file"
+        for old in (False, True):
+            before = contents()
+            for size in sizes:
+                room(size)
+                try:
+                    write_adapter(layers, NameIndex(shapes), path, dialect)
+                    error = None
+                except FileError as fault:
+                    error = str(fault)
+                room()
+                print(json.dumps([dialect, old, size, error, contents() == before]))
+            layers = dict(list(layers.items())[:30])
+            write_adapter(layers, NameIndex(shapes), path, dialect)
+    (Path(sys.argv[1]) / "a file").touch()
+    try:
+        write_adapter(layers, NameIndex(shapes), Path(sys.argv[1]) / "a file" / "a.safetensors", "peft")
+    except FileError as error:
+        print(json.dumps(str(error)))
+"""
 
 
-def test_a_training_state(tmp_path: Path) -> None:
-    from oft_core.training.checkpoint import load_latest, save_state
-
-    save_state(tmp_path, 1, {"w": torch.ones(200, 200)}, {})
-    before = files(tmp_path)
-    refused(run(STATE, tmp_path), "state-00000002")
-    assert files(tmp_path) == before
-    step, state = load_latest(tmp_path)
-    assert step == 1 and bool((state["w"] == 1).all())
-
-
-@pytest.mark.parametrize("dialect", ["oft_v2", "peft"])
-def test_an_adapter(tmp_path: Path, dialect: str) -> None:
-    target = tmp_path / ("a.safetensors" if dialect == "oft_v2" else "a")
-    old = target if dialect == "oft_v2" else target / "adapter_model.safetensors"
-    old.parent.mkdir(exist_ok=True)
-    old.write_bytes(b"precious")
-    before = files(tmp_path)
-    refused(run(ADAPTER, target, dialect), old.name)
-    after = files(tmp_path)
-    after.pop("a/adapter_config.json", None)  # whole, and written before the large file
-    assert after == before
+def test_adapters(tmp_path: Path) -> None:
+    """PEFT's config and tensors belong together: neither is new without the other."""
+    done = limited(SAVE, tmp_path)
+    assert not done.returncode, done.stderr
+    *lines, folder = map(json.loads, done.stdout.splitlines())
+    assert len(lines) == 16
+    for dialect, old, size, error, as_before in lines:
+        assert as_before, (dialect, old, size)
+        assert error is not None and f"file: {tmp_path / dialect / 'file'}" in error and REASON in error, (dialect, size, error)
+        if dialect == "peft":
+            assert ("adapter_model" if size == 30_000 else "adapter_config") in error, error
+    assert "a.safetensors" in folder and "Not a directory" in folder
 
 
-def test_a_merge(tmp_path: Path) -> None:
-    save_file({f"{NAME}.weight": torch.randn(256, 256)}, tmp_path / "base.safetensors")
-    save_file({f"lora_unet_{NAME.replace('.', '_')}.oft_R.weight": torch.randn(32, 28) * 0.1}, tmp_path / "a.safetensors")
-    (tmp_path / "out.safetensors").write_bytes(b"precious")
-    before = files(tmp_path)
-    refused(run(MERGE, "merge", tmp_path / "a.safetensors", tmp_path / "base.safetensors", "-o", tmp_path / "out.safetensors"), "out.safetensors")
-    assert files(tmp_path) == before
+# ------------------------------------------------------------------ training
+
+TRAIN = """
+    import json, torch
+    from pathlib import Path
+    from oft_core.training import Loaded, Objective, OFTConfig, Record, RotationBank, StateError, Trainer, TrainSettings
+    from oft_core.training.checkpoint import saved_states
+    from safetensors.torch import load_file
+
+    def train(folder, steps):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+        config = OFTConfig(oft_block_size=8, target_modules="all-linear")
+        bank = RotationBank({"unet": (model, config.select(model))}, seed=3)
+        latents = torch.randn(1, 4, 4, 4)
+        trainer = Trainer(
+            bank, TrainSettings(steps=steps, lr=0.01, seed=7, save_every=2), Objective(), [Record("a", "", (32, 32))],
+            load=lambda records: Loaded(latents), predict=lambda noised, records: model(noised.x_t.flatten(1)).view(1, 4, 4, 4),
+            state_dir=folder,
+        )
+        trainer.resume()
+        return trainer.run().losses
+
+    def contents(folder):
+        return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def tensors(folder):  # the order of a header's metadata is left to chance
+        return [(p.name, {k: bytes(t.numpy().tobytes()) for k, t in load_file(p).items()}) for p in saved_states(folder)]
+
+    root = Path(sys.argv[1])
+    losses, whole = train(root / "whole", 8), tensors(root / "whole")
+    for size in (0, 1000, 10_000):
+        for first in (0, 4):
+            folder = root / f"{size} {first}"
+            if first:
+                train(folder, first)
+            before = contents(folder)
+            room(size)
+            try:
+                train(folder, 8)
+                error = None
+            except StateError as fault:
+                error = str(fault)
+            room()
+            kept = contents(folder) == before
+            print(json.dumps([size, first, error, kept, train(folder, 8) == losses, tensors(folder) == whole]))
+    (root / "file").touch()
+    try:
+        train(root / "file" / "run", 8)
+    except StateError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_training(tmp_path: Path) -> None:
+    """The last good state stays and is gone on from once there is room, to the same end."""
+    done = limited(TRAIN, tmp_path)
+    assert not done.returncode, done.stderr
+    *lines, folder = map(json.loads, done.stdout.splitlines())
+    assert len(lines) == 6
+    for size, first, error, kept, same_losses, same_files in lines:
+        assert error is not None and REASON in error and "disk space" in error, (size, first, error)
+        assert f"file: {tmp_path / f'{size} {first}' / f'state-{first + 2:08d}.safetensors'};" in error
+        assert kept and same_losses and same_files, (size, first)
+    assert "state-00000002" in folder and "Not a directory" in folder

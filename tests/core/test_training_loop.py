@@ -276,7 +276,8 @@ def test_nothing_to_resume_is_told_apart_from_damage(tmp_path):
 
 
 def test_the_last_states_are_kept_and_leftovers_removed(tmp_path):
-    (tmp_path / ".state-00000001.safetensors.99.tmp").write_bytes(b"half")
+    (tmp_path / ".state-00000001.safetensors.99.partial").mkdir()
+    (tmp_path / ".state-00000001.safetensors.99.partial" / ".tmpAb12").write_bytes(b"half")
     Rig(tmp_path, steps=7, save_every=2, keep=2).trainer.run()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-00000006.safetensors", "state-00000007.safetensors"]
 
@@ -337,12 +338,14 @@ def test_a_kill_at_any_moment_leaves_a_good_state(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         reported += process.stdout.read().split()
         process.wait()
-        interrupted += any(tmp_path.glob(".state-*.tmp"))
+        interrupted += any(tmp_path.glob(".*"))
         last = int([r for r in reported if r.strip()][-1])
         step, state = load_latest(tmp_path, {"x": 1})
         assert step >= last and state["step"] == step and bool((state["a"] == step).all())
         for path in saved_states(tmp_path):
             load_state(path)
+        save_state(tmp_path, step + 1, {}, {})
+        assert all(p.name.startswith("state-") for p in tmp_path.iterdir()), "what the kill left is still there"
     assert interrupted, "no kill hit a save, so the test proves nothing"
 
 

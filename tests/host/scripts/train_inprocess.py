@@ -52,6 +52,7 @@ if "comfyui_oft" in sys.modules:
     from comfyui_oft.oft_core.training import (
         ConfigError,
         OFTConfig,
+        StateError,
         Trainer,
         TrainingError,
     )
@@ -1357,6 +1358,68 @@ def out_of_memory_is_clear_and_keeps_the_state():
 
     with replaced(parts("sd15")[2], "encode", no_room):
         raises(TrainingError, lambda: go(run), "out of memory", "low_vram")
+
+
+@contextlib.contextmanager
+def room(size):
+    """Within, files may grow to `size` bytes, then writes fail as on a full disk."""
+    import resource
+    import signal
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@check
+def a_full_disk_costs_no_file_and_no_work():
+    """Caches do without; a state that cannot be written ends the run with a clear error and, where it fits, the file."""
+    if sys.platform == "win32":
+        return
+    fresh_user()
+    usual = a_run(steps=3, name="training/full_disk")
+    whole = go(usual)
+    (state_file,) = usual.folder.glob("state-*.safetensors")
+    file_size, state_size = os.path.getsize(whole.adapter.path), state_file.stat().st_size
+    assert file_size + 2000 < state_size, (file_size, state_size)
+    learnt_then = learnt(whole)
+    before = state(parts("sd15")[0])
+
+    def rest(run):
+        return [str(p) for place in (run.folder, run.store.folder, run.path.parent) for p in place.glob("**/.*")]
+
+    fresh_user()
+    run = a_run(steps=3, name="training/full_disk")
+    with room((file_size + state_size) // 2):
+        text = raises(StateError, lambda: go(run), "File too large", "disk space", "3 steps", "full_disk")
+    assert not rest(run) and not list(run.folder.glob("state-*")), text
+    same(learnt_then, load_file(run.path))
+    same(before, state(parts("sd15")[0]))
+    untouched(parts("sd15")[0].model)
+    # Nothing fits: still an error of ours, nothing half anywhere; the caches did without.
+    fresh_user()
+    run = a_run(steps=3, name="training/full_disk")
+    with room(300):
+        raises(AdapterError, lambda: go(run), "File too large", ".safetensors")
+    assert not rest(run) and not run.path.exists() and not list(run.store.folder.glob("*"))
+    # With room again it is the run that it would have been, and keeps what it has once more.
+    again = a_run(steps=3, name="training/full_disk")
+    outcome = go(again)
+    same(learnt_then, learnt(outcome))
+    assert outcome.losses == whole.losses and list(again.store.folder.glob("*.safetensors"))
+    # A run that goes on keeps its states, its file and the caches as they were.
+    kept = {p: p.read_bytes() for p in (*again.folder.glob("state-*"), *again.store.folder.glob("*"), again.path)}
+    more = a_run(steps=5, name="training/full_disk")
+    with room(300):
+        raises(AdapterError, lambda: go(more), "File too large")
+    assert kept == {p: p.read_bytes() for p in kept} and not rest(more)
+    last = go(a_run(steps=5, name="training/full_disk"))
+    assert last.losses[:3] == whole.losses and len(last.losses) == 5
 
 
 @check
