@@ -186,7 +186,7 @@ def _lora(
         torch.manual_seed(task.seed)
         layers = world.choose(target)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
-        method = peft_method(SimpleNamespace(model=world.network.core, targets=layers), f"LoRA {rank}", config)
+        method = peft_method(_subject(world, layers), f"LoRA {rank}", config)
         return Rival(world, task, lr, method, match, **more)
 
     return make
@@ -217,10 +217,14 @@ def _core(world: World, task: Task, lr: float) -> Rival:
     return Rival(world, task, lr, SimpleNamespace(parameters=parameters, install=install))
 
 
+def _subject(world: World, layers: list[str]) -> SimpleNamespace:
+    """The world's network as the benchmark of training steps knows a model."""
+    core = world.network.core
+    return SimpleNamespace(model=core, targets=layers, device=next(core.parameters()).device)
+
+
 def _lycoris(world: World, task: Task, lr: float) -> Rival:
-    return Rival(
-        world, task, lr, lycoris_method(SimpleNamespace(model=world.network.core, targets=world.layers), 16)
-    )
+    return Rival(world, task, lr, lycoris_method(_subject(world, world.layers), 16))
 
 
 def _ours(
