@@ -11,17 +11,7 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 async def comfy_entrypoint():
-    """The extension object that lists this pack's nodes; registers the `oft` model folder on the way."""
-    from comfy_api.latest import ComfyExtension
-
-    from .nodes import blocks, dataset, everywhere, folders, load, save, schedule, stack, train
-
-    folders.register()
-    everywhere.start()
-
-    class OFTExtension(ComfyExtension):
-        async def get_node_list(self):
-            applying = [*load.NODES, *stack.NODES, *blocks.NODES, *schedule.NODES]
-            return [*applying, *dataset.NODES, *train.NODES, *save.NODES]
+    """The extension object that lists this pack's nodes."""
+    from .nodes.extension import OFTExtension
 
     return OFTExtension()

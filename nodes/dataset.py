@@ -25,7 +25,7 @@ from ..oft_core.training import ConfigError, Record, data
 from ..oft_core.training.folder import read, scan, some
 from ..oft_core.training.pictures import Picture, fitted, spread, to_tensor
 from . import compat
-from .files import inside
+from .binding.files import inside
 
 CATEGORY = "OFT"
 NO_FOLDER = "(none)"

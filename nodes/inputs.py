@@ -9,7 +9,8 @@ from comfy_api.latest import io
 
 from ..oft_core import COFT_CHOICES, MODES, FileError, Strength, StrengthError
 from ..oft_core.constraint import coft_choice
-from . import compat, folders, runtime
+from . import compat
+from .binding import folders, runtime
 
 CATEGORY = "OFT"
 ALIASES = ["oft", "boft", "lora", "lycoris", "dreambooth", "orthogonal finetuning", "adapter"]

@@ -8,7 +8,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..oft_core import Adapter, ReadOptions, describe
-from . import compat, folders, host, inputs
+from . import compat, inputs
+from .binding import folders
+from .binding.apply import apply
 
 TIPS = {
     "adapter": "The adapter that Load OFT Adapter has read.",
@@ -115,7 +117,7 @@ class OFTLoad(_Checked):
     def execute(cls, model, oft_name, strength_model, strength_clip, clip=None, **how) -> io.NodeOutput:
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
-        applied = host.apply(folders.read(oft_name), model, clip, at_model, at_clip, how.runtime)
+        applied = apply(folders.read(oft_name), model, clip, at_model, at_clip, how.runtime)
         return _shown(applied.report, applied.model, applied.clip, name=oft_name)
 
 
@@ -144,7 +146,7 @@ class OFTLoadModelOnly(_Checked):
     def execute(cls, model, oft_name, strength_model, **how) -> io.NodeOutput:
         how = inputs.How(**how)
         at = how.at(strength_model)
-        applied = host.apply(folders.read(oft_name), model, None, at, at, how.runtime)
+        applied = apply(folders.read(oft_name), model, None, at, at, how.runtime)
         return _shown(applied.report, applied.model, name=oft_name)
 
 
@@ -214,7 +216,7 @@ class OFTApply(_Checked):
             raise ValueError("Apply OFT: connect a MODEL, a CLIP, or both.")
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
-        applied = host.apply(adapter, model, clip, at_model, at_clip, how.runtime)
+        applied = apply(adapter, model, clip, at_model, at_clip, how.runtime)
         return _shown(applied.report, applied.model, applied.clip)
 
 

@@ -18,10 +18,11 @@ from ..oft_core import Adapter, Diff, LayerRotation
 from ..oft_core.atomic import all_or_none
 from ..oft_core.errors import FileError, FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
+from ..oft_core.tensors import normal_tensors
 from ..oft_core.training import ConfigError
-from . import compat, folders, host_names
-from .cache import normal_tensors
-from .files import RUN, listed, new_file
+from . import compat
+from .binding import folders, names
+from .binding.files import RUN, listed, new_file
 from .inputs import CATEGORY, OFTAdapter
 
 AS_IS = "as it is"
@@ -144,7 +145,7 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
             found="no model",
             hint="Connect MODEL (and CLIP), or choose 'as it is'.",
         )
-    index = host_names.index_of(model, clip)
+    index = names.index_of(model, clip)
     binding = adapter.bind(index)
     if binding.unmatched:
         raise FormatError(
@@ -162,7 +163,7 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
             )
         place[patch.key] = patch.op
     target = path.with_suffix("") if dialect == "peft" else path
-    own = host_names.own_weights(model, clip)
+    own = names.own_weights(model, clip)
     metadata = _carried(adapter.metadata)
     return write_adapter(
         layers, index, target, dialect, beside=beside, base=own, metadata=metadata, dtype=dtype

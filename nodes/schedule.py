@@ -11,7 +11,9 @@ from comfy_api.latest import io, ui
 
 from ..oft_core import Adapter, Schedule, ScheduleError, Strength
 from ..oft_core.schedule import from_keyframes
-from . import compat, host, host_names, inputs
+from . import compat, inputs
+from .binding import names
+from .binding.apply import patch_for_hook, place
 
 TIPS = {
     "adapter": "The adapter, from Load OFT Adapter, OFT Block Strengths, Train OFT and others.",
@@ -126,7 +128,7 @@ class OFTHook(comfy.hooks.WeightHook):
     def add_hook_patches(self, model: Any, model_options: dict, target_dict: dict, registered: Any) -> bool:
         """Register the patches for a diffusion model or for text encoders, as ComfyUI's hooks do.
 
-        Raises what `host.place` and `host.add_hook_patches` raise.
+        Raises what `place` and `patch_for_hook` raise.
         """
         if not self.should_register(model, model_options, target_dict, registered):
             return False
@@ -134,14 +136,14 @@ class OFTHook(comfy.hooks.WeightHook):
         value = self._strength_clip if for_text else self._strength_model
         parts = {part != "unet" for part in self.adapter.components}
         if for_text in parts and value != 0:
-            side = host_names.text_side(model) if for_text else host_names.model_side(model)
+            side = names.text_side(model) if for_text else names.model_side(model)
             at = Strength(value, self.mode, self.coft)
             keyframes = {k.strength for k in self.hook_keyframe.keyframes}
-            placed = host.place(replace(self.adapter, schedule=None), [side], at, at, keyframes)
+            placed = place(replace(self.adapter, schedule=None), [side], at, at, keyframes)
             # The hook's reference lives as long as its patches do, and is the same in all clones of the hook, which
             # may reach the model and the text encoder.
             keepers = {**getattr(self.hook_ref, "oft_keepers", {})}
-            keepers[side.name] = host.add_hook_patches(self, side, placed.patches[side.name])
+            keepers[side.name] = patch_for_hook(self, side, placed.patches[side.name])
             self.hook_ref.oft_keepers = keepers
         registered.add(self)
         return True

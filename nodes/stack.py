@@ -13,9 +13,11 @@ from comfy_api.latest import io, ui
 from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
 from ..oft_core.errors import printable
 from ..oft_core.stack import Share, blend, holds_oft
-from . import compat, folders, host, host_names, inputs, runtime
-from .cache import normal_tensors
-from .files import inside
+from ..oft_core.tensors import normal_tensors
+from . import compat, inputs
+from .binding import folders, names, runtime
+from .binding.apply import apply, patched, place, runtime_notes
+from .binding.files import inside
 
 OFTStackType = io.Custom("OFT_STACK")
 LoraStackType = io.Custom("LORA_STACK")
@@ -331,13 +333,13 @@ class OFTApplyStack(io.ComfyNode):
 def apply_in_order(
     rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = runtime.AUTO
 ) -> tuple[Any, Any, str]:
-    """Patched MODEL and CLIP and a report; the rows act in their order. Raises what `host.apply` raises.
+    """Patched MODEL and CLIP and a report; the rows act in their order. Raises what `apply` raises.
 
     where: one of `runtime.RUNTIMES`.
     """
     texts = []
     for i, row in enumerate(rows, 1):
-        applied = host.apply(row.adapter, model, clip, row.at_model, row.at_clip, where)
+        applied = apply(row.adapter, model, clip, row.at_model, row.at_clip, where)
         model, clip = applied.model, applied.clip
         texts.append(f"{i}. {applied.report}")
     return model, clip, "\n\n".join([f"{len(rows)} adapters, applied in this order.", *texts])
@@ -358,8 +360,8 @@ def apply_blend(
                 found=str(row.adapter.schedule),
                 hint="Use 'compose'.",
             )
-    sides = host_names.sides_of(model, clip)
-    placed = [host.place(row.adapter, sides, row.at_model, row.at_clip) for row in rows]
+    sides = names.sides_of(model, clip)
+    placed = [place(row.adapter, sides, row.at_model, row.at_clip) for row in rows]
     lines = [f"{len(rows)} adapters blended, whatever their order:"]
     lines += [f"- {row.line()}" for row in rows]
     given = {"model": model, "clip": clip}
@@ -374,9 +376,9 @@ def apply_blend(
         with normal_tensors():
             patches = blend([share for mine in shares for share in mine], count, side.shapes)
             whole = [(patch, Strength()) for patch in patches]
-            given[side.name] = host.patched(side, whole, where)
+            given[side.name] = patched(side, whole, where)
         lines.append(f"{side.words}: average of {count}, {len({p.key for p in patches})} weights turned.")
-        lines += host.runtime_notes(side, whole, where)
+        lines += runtime_notes(side, whole, where)
     reports = [there.report for there in placed]
     return given["model"], given["clip"], "\n\n".join(["\n".join(lines), *reports])
 

@@ -9,11 +9,12 @@ from comfy_api.latest import io, ui
 
 from ..oft_core.training import OPTIMIZERS, SCHEDULES, ConfigError, OFTConfig, TrainSettings
 from ..oft_core.training.presets import TRAIN_PRESETS
-from . import compat, train_host, train_mode
+from . import compat
 from .dataset import CATEGORY, OFTDataset
 from .inputs import OFTAdapter
-from .train_plan import make_config, make_plan
-from .train_run import Run, loss_curve
+from .training import host, mode
+from .training.plan import make_config, make_plan
+from .training.run import Run, loss_curve
 
 OFTTrainConfig = io.Custom("OFT_TRAIN_CONFIG")
 COFT = ("off", "angle", "eps")
@@ -265,7 +266,7 @@ class OFTTrain(io.ComfyNode):
                 entry(io.String.Input, "sample_prompts", default="", multiline=True),
                 entry(io.Int.Input, "sample_every", default=100, min=0, max=100000),
                 entry(io.Int.Input, "save_every", default=200, min=0, max=100000),
-                entry(io.Combo.Input, "low_vram", options=list(train_host.LOW_VRAM), default="checkpointing"),
+                entry(io.Combo.Input, "low_vram", options=list(host.LOW_VRAM), default="checkpointing"),
                 entry(io.Boolean.Input, "resume", default=True),
                 entry(io.String.Input, "name", default="training/subject"),
                 OFTTrainConfig.Input("config", optional=True, tooltip=TIPS["config"]),
@@ -287,7 +288,7 @@ class OFTTrain(io.ComfyNode):
                 raise ConfigError(
                     f"Train OFT got no {what}", found="None", hint="The checkpoint may lack that part."
                 )
-        with train_mode.training_mode():
+        with mode.training_mode():
             plan = make_plan(dataset=dataset, config=config, **knobs)
             done = Run(plan, dataset, model, clip, vae, cls.hidden.unique_id, cls.hidden.prompt)()
         return io.NodeOutput(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture
 def everywhere(pack: ModuleType):
-    module = importlib.import_module(f"{pack.__name__}.nodes.everywhere")
+    module = importlib.import_module(f"{pack.__name__}.nodes.binding.everywhere")
     module.folders.register()
     yield module
     module.turn(False)
@@ -162,7 +162,7 @@ def test_where_comfyui_is_right(comfy: ModuleType, everywhere: ModuleType, case:
 
     stock = made(comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0])
     everywhere.turn(True)
-    ours = made(everywhere.host.apply(adapter, model, None, at, at).model)
+    ours = made(everywhere.apply(adapter, model, None, at, at).model)
     base = made(model)
     error = float((stock - ours).norm() / (ours - base).norm())
     if expected:

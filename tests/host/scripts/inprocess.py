@@ -31,24 +31,11 @@ if "comfyui_oft" in sys.modules:
     import families
     import folder_paths
     import torch
-    from comfyui_oft.nodes import (
-        cache,
-        compat,
-        dataset,
-        everywhere,
-        files,
-        folders,
-        host,
-        host_names,
-        host_patch,
-        layers,
-        load,
-        save,
-        schedule,
-        stack,
-        track,
-        train,
-    )
+    from comfyui_oft.nodes import compat, dataset, load, save, schedule, stack, train
+    from comfyui_oft.nodes.binding import apply as host
+    from comfyui_oft.nodes.binding import cache, everywhere, files, folders, layers, track
+    from comfyui_oft.nodes.binding import names as host_names
+    from comfyui_oft.nodes.binding import patch as host_patch
     from comfyui_oft.oft_core import (
         AdapterError,
         FileError,

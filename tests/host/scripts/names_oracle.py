@@ -37,7 +37,7 @@ import torch
 # pack's own entry point would make folders in the host.
 pack = sys.modules["pack"] = types.ModuleType("pack")
 pack.__path__ = [repository]
-host_names = importlib.import_module("pack.nodes.host_names")
+host_names = importlib.import_module("pack.nodes.binding.names")
 NameIndex, component = (getattr(importlib.import_module("pack.oft_core.names"), n) for n in ("NameIndex", "component"))
 
 META = torch.device("meta")

@@ -33,7 +33,10 @@ if "comfyui_oft" in sys.modules:
     import gguf_layers
     import torch
     from comfy_extras import nodes_hooks
-    from comfyui_oft.nodes import everywhere, folders, host, host_names, layers, runtime, schedule
+    from comfyui_oft.nodes import schedule
+    from comfyui_oft.nodes.binding import apply as host
+    from comfyui_oft.nodes.binding import everywhere, folders, layers, runtime
+    from comfyui_oft.nodes.binding import names as host_names
     from comfyui_oft.oft_core import AdapterError, ReadOptions, Schedule, Strength, read_tensors
 
     CPU = torch.device("cpu")
@@ -616,7 +619,7 @@ def dropped_clones_take_nothing_along():
 
 @check
 def memory_is_given_back():
-    from comfyui_oft.nodes import cache
+    from comfyui_oft.nodes.binding import cache
 
     model = families.make_model("sd15")
     gc.collect()
@@ -712,7 +715,7 @@ def arriving_norms_follow_what_changes_the_weight():
 @check
 def training_on_top():
     """What a training run depends on, and the kernels that it computes with itself."""
-    from comfyui_oft.nodes.train_identity import identity
+    from comfyui_oft.nodes.training.identity import identity
 
     model = families.make_model("sd15")
     nodes = [
@@ -1235,7 +1238,7 @@ def hooks_that_a_model_cannot_have_are_refused_before_sampling():
     runtime._obstacle = lambda kind, ops: "a test"
     try:
         hook = hook_of(adapter).hooks[0]
-        text = raises(AdapterError, lambda: host.add_hook_patches(hook, side, [(p, Strength()) for p in patches]))
+        text = raises(AdapterError, lambda: host.patch_for_hook(hook, side, [(p, Strength()) for p in patches]))
     finally:
         runtime._obstacle = before
     assert "hook cannot" in text and "quantised" in text and "Load OFT" in text, text

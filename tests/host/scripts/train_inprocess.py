@@ -31,22 +31,17 @@ if "comfyui_oft" in sys.modules:
     import families
     import folder_paths
     import torch
-    from comfyui_oft.nodes import (
-        dataset,
-        files,
-        folders,
-        host,
-        host_names,
-        save,
-        train,
-        train_blocks,
-        train_host,
-        train_identity,
-        train_mode,
-        train_plan,
-        train_run,
-        train_store,
-    )
+    from comfyui_oft.nodes import dataset, save, train
+    from comfyui_oft.nodes.binding import apply as host
+    from comfyui_oft.nodes.binding import files, folders
+    from comfyui_oft.nodes.binding import names as host_names
+    from comfyui_oft.nodes.training import blocks as train_blocks
+    from comfyui_oft.nodes.training import host as train_host
+    from comfyui_oft.nodes.training import identity as train_identity
+    from comfyui_oft.nodes.training import mode as train_mode
+    from comfyui_oft.nodes.training import plan as train_plan
+    from comfyui_oft.nodes.training import run as train_run
+    from comfyui_oft.nodes.training import store as train_store
     from comfyui_oft.oft_core import AdapterError, Diff, Strength
     from comfyui_oft.oft_core.errors import FileError, FormatError
     from comfyui_oft.oft_core.training import (

@@ -13,8 +13,8 @@ import folder_paths
 import torch
 from torch import nn
 
-from . import layers, runtime
-from .train_store import Store
+from ..binding import layers, runtime
+from .store import Store
 
 # Folder lists that loaders of diffusion models choose from; the last one is of the community's GGUF loader.
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")

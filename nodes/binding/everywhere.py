@@ -30,7 +30,7 @@ import folder_paths
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..oft_core import (
+from ...oft_core import (
     Adapter,
     AdapterError,
     LayerRotation,
@@ -39,9 +39,11 @@ from ..oft_core import (
     Strength,
     read_tensors,
 )
-from ..oft_core.stack import names_oft
-from . import folders, host, host_names, host_patch, runtime
-from .cache import normal_tensors
+from ...oft_core.stack import names_oft
+from ...oft_core.tensors import normal_tensors
+from . import folders, names, runtime
+from .apply import apply, patch_for_hook, place, runtime_notes
+from .patch import make_patches
 
 log = logging.getLogger("oft")
 
@@ -145,10 +147,10 @@ def core_is_right(
         return False
     if not all(key.rpartition(".")[2] in CORE_SUFFIXES for key in lora):
         return False
-    sides = host_names.sides_of(model, clip)
+    sides = names.sides_of(model, clip)
     try:
         with normal_tensors():
-            patches = adapter.bind(host_names.index_of(model, clip), strict=False).patches
+            patches = adapter.bind(names.index_of(model, clip), strict=False).patches
             right = bool(patches) and all(
                 isinstance(p.op, LayerRotation) and not p.swap_halves and p.op.as_core() for p in patches
             )
@@ -170,7 +172,7 @@ def _table(model: Any | None, clip: Any | None) -> dict[str, Any]:
     return table
 
 
-def _in_float32(side: host_names.Side, keys: Iterable[str]) -> bool:
+def _in_float32(side: names.Side, keys: Iterable[str]) -> bool:
     """Whether these weights are stored, computed and patched in float32."""
     # Later hosts may patch in half precision.
     patching = getattr(comfy.model_management, "lora_compute_dtype", None)
@@ -202,7 +204,7 @@ def _loader(original: Callable[..., Any]) -> Callable[..., Any]:
             log.info("OFT everywhere: %s left to ComfyUI's own loader, which reads it rightly here.", adapter.name)
             return stock(model, clip, lora, strength_model, strength_clip, *more, **named)
         try:
-            applied = host.apply(adapter, model, clip, at_model, at_clip)
+            applied = apply(adapter, model, clip, at_model, at_clip)
         except ModelMismatch as error:
             log.warning("OFT everywhere: %s left to ComfyUI's own loader: %s", adapter.name, error)
             return stock(model, clip, lora, strength_model, strength_clip, *more, **named)
@@ -243,14 +245,14 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             _tell(*known[1:], "as a hook")
         _, adapter, rest = known
         if at.value != 0 and for_text in {part != "unet" for part in adapter.components}:
-            side = host_names.text_side(model) if for_text else host_names.model_side(model)
+            side = names.text_side(model) if for_text else names.model_side(model)
             try:
-                placed = host.place(adapter, [side], at, at, {k.strength for k in self.hook_keyframe.keyframes})
+                placed = place(adapter, [side], at, at, {k.strength for k in self.hook_keyframe.keyframes})
             except ModelMismatch as error:
                 log.warning("OFT everywhere: %s left to ComfyUI's own hook: %s", adapter.name, error)
                 return stock(self, model, model_options, target_dict, registered)
             keepers = {**getattr(self.hook_ref, "oft_keepers", {})}
-            keepers[side.name] = host.add_hook_patches(self, side, placed.patches[side.name])
+            keepers[side.name] = patch_for_hook(self, side, placed.patches[side.name])
             self.hook_ref.oft_keepers = keepers
         if rest:
             keys_of = comfy.lora.model_lora_keys_clip if for_text else comfy.lora.model_lora_keys_unet
@@ -300,14 +302,14 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_lora(lora, to_load, log_missing=True):
         if not _on or _by_comfyui.get() or not is_oft(lora):
             return original(lora, to_load, log_missing)
-        sides = [host_names.bare_side(model) for model in getattr(to_load, "models", ())]
+        sides = [names.bare_side(model) for model in getattr(to_load, "models", ())]
         if not sides:
             log.warning("OFT everywhere: left to ComfyUI: a pack gave names only, without the model behind them.")
             return original(lora, to_load, log_missing)
         adapter, rest = read(lora)
         full = Strength(1.0)
         try:
-            placed = host.place(adapter, sides, full, full)
+            placed = place(adapter, sides, full, full)
         except ModelMismatch as error:
             log.warning("OFT everywhere: %s left to ComfyUI's own loader: %s", adapter.name, error)
             return original(lora, to_load, log_missing)
@@ -315,14 +317,14 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
         found: dict[Any, Any] = {}
         for side in sides:
             try:
-                notes = host.runtime_notes(side, placed.patches[side.name], runtime.WEIGHTS)
+                notes = runtime_notes(side, placed.patches[side.name], runtime.WEIGHTS)
             except AdapterError as error:
                 error.file, error.hint = adapter.path, "This loader can only patch weights. Use Load OFT."
                 raise
             for note in notes:
                 log.info("OFT everywhere: %s", note)
             mine = [patch for patch, _ in placed.patches[side.name]]
-            dictionaries, keeper = host_patch.make_patches(side, mine, full.mode, full.coft)
+            dictionaries, keeper = make_patches(side, mine, full.mode, full.coft)
             if len(dictionaries) > 1:
                 raise AdapterError(
                     "This loader cannot apply a file that changes the same rows twice",

@@ -23,9 +23,9 @@ from comfyui_version import __version__ as host_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..oft_core.atomic import PARTIAL, atomically, remove_partial
-from ..oft_core.errors import FileError
-from ..oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
+from ...oft_core.atomic import PARTIAL, atomically, remove_partial
+from ...oft_core.errors import FileError
+from ...oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
 
 log = logging.getLogger("oft")
 

@@ -16,9 +16,9 @@ from collections import OrderedDict
 
 import folder_paths
 
-from ..oft_core import Adapter, FileError, ReadOptions, load_adapter
-from ..oft_core.errors import printable
-from .cache import normal_tensors
+from ...oft_core import Adapter, FileError, ReadOptions, load_adapter
+from ...oft_core.errors import printable
+from ...oft_core.tensors import normal_tensors
 
 log = logging.getLogger("oft")
 

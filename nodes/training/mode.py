@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 from torch import nn
 
-from ..oft_core.training import TrainingError
+from ...oft_core.training import TrainingError
 
 OUT_OF_MEMORY = comfy.model_management.OOM_EXCEPTION
 Stopped = comfy.model_management.InterruptProcessingException

@@ -13,7 +13,7 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ..oft_core import NameIndex, ShapeError, Target
+from ...oft_core import NameIndex, ShapeError, Target
 from . import layers
 
 

@@ -7,7 +7,6 @@ batches: a few large tensor operations instead of several small ones per layer.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..oft_core import Built, LayerRotation, Strength, build_all
+from ...oft_core import Built, LayerRotation, Strength, build_all
 
 # Memory for built rotations over all files and devices, in bytes. What was built last always stays.
 LIMIT_BYTES = 384 << 20
@@ -27,17 +26,10 @@ _batches: WeakValueDictionary[int, Batch] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def normal_tensors():
-    """Make ordinary tensors although nodes run under inference mode: these outlive the node."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
 class Batch:
     """Layers whose rotations are built together, and what was built of them.
 
-    Lives as long as a model patcher that uses it (see `host_patch.Keeper`); the built rotations go with it.
+    Lives as long as a model patcher that uses it (see `patch.Keeper`); the built rotations go with it.
     """
 
     def __init__(self, ops: Sequence[LayerRotation], mode: str):

@@ -15,11 +15,11 @@ import comfy.utils
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 
-from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
-from ..oft_core.adapter import apply_swapped_
+from ...oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
+from ...oft_core.adapter import apply_swapped_
+from ...oft_core.tensors import normal_tensors
 from . import cache, layers, track
-from .cache import normal_tensors
-from .host_names import Side
+from .names import Side
 
 # What a patch holds: a rotation, or an additive difference (norms and biases of some files).
 ROTATION, DIFF = "rotation", "diff"

@@ -24,12 +24,12 @@ import comfy.utils
 import torch
 from torch import nn
 
-from ..oft_core import Adapter, Diff, LayerRotation
-from ..oft_core.adapter import load_adapter
-from ..oft_core.errors import FormatError
-from ..oft_core.formats.write import WRITERS, write_adapter
-from ..oft_core.names.spelling import is_t5_path
-from ..oft_core.training import (
+from ...oft_core import Adapter, Diff, LayerRotation
+from ...oft_core.adapter import load_adapter
+from ...oft_core.errors import FormatError
+from ...oft_core.formats.write import WRITERS, write_adapter
+from ...oft_core.names.spelling import is_t5_path
+from ...oft_core.training import (
     ConfigError,
     Loaded,
     Noised,
@@ -40,12 +40,12 @@ from ..oft_core.training import (
     TrainingError,
     checkpointing,
 )
-from ..oft_core.training.layers import plain_weight
-from . import host_names, runtime
-from .dataset import TrainingSet
-from .train_blocks import blocks_of, copied_input, inputs_kept, plain_attention
-from .train_mode import ordinary_, own_randomness
-from .train_store import Store, fingerprint
+from ...oft_core.training.layers import plain_weight
+from ..binding import names, runtime
+from ..dataset import TrainingSet
+from .blocks import blocks_of, copied_input, inputs_kept, plain_attention
+from .mode import ordinary_, own_randomness
+from .store import Store, fingerprint
 
 log = logging.getLogger("oft")
 
@@ -472,7 +472,7 @@ class HostModel:
                 place = layers if isinstance(piece.op, LayerRotation) else beside
                 place[f"{prefix[part]}{module}.{piece.param}"] = piece.op
         if self.index is None:
-            self.index = host_names.index_of(self.patcher, self.clip if self.train_encoders else None)
+            self.index = names.index_of(self.patcher, self.clip if self.train_encoders else None)
         refused = []
         for dialect in DIALECTS:
             try:

@@ -21,20 +21,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..oft_core import Adapter, AdapterError, describe
-from ..oft_core.adapter import load_adapter
-from ..oft_core.atomic import atomically, remove_partials
-from ..oft_core.training import ConfigError, Progress, Record, StateError, Trainer, TrainingError
-from ..oft_core.training.checkpoint import saved_states
-from ..oft_core.training.selection import Selection
-from . import folders, train_host, train_mode
-from .dataset import TrainingSet, from_pillow, to_pillow
-from .files import RUN, header, listed, new_file
-from .train_host import HostModel
-from .train_identity import file_hash, identity, model_file
-from .train_mode import Stopped
-from .train_plan import Plan
-from .train_store import Store, digest, prune_runs, state_root
+from ...oft_core import Adapter, AdapterError, describe
+from ...oft_core.adapter import load_adapter
+from ...oft_core.atomic import atomically, remove_partials
+from ...oft_core.training import ConfigError, Progress, Record, StateError, Trainer, TrainingError
+from ...oft_core.training.checkpoint import saved_states
+from ...oft_core.training.selection import Selection
+from ..binding import folders
+from ..binding.files import RUN, header, listed, new_file
+from ..dataset import TrainingSet, from_pillow, to_pillow
+from . import host, mode
+from .host import HostModel
+from .identity import file_hash, identity, model_file
+from .mode import Stopped
+from .plan import Plan
+from .store import Store, digest, prune_runs, state_root
 
 log = logging.getLogger("oft")
 
@@ -155,7 +156,7 @@ class Run:
                 "ss_new_sd_model_hash": file_hash(self.base_file, Store(self.store.folder)),
             }
         plan, host_model = self.plan, self.host
-        with train_mode.memory_explained():
+        with mode.memory_explained():
             self._say("Encoding pictures and captions")
             host_model.encode_pictures(self.dataset)
             texts = [r.caption for r in self.dataset.records]
@@ -196,7 +197,7 @@ class Run:
             self._keep_what_there_is("stopped")
             raise
         except TrainingError:
-            train_mode.free_memory()
+            mode.free_memory()
             raise
         except StateError as error:
             # The disk of the states is full; that of the files may not be, and a file is smaller than a state.
@@ -208,7 +209,7 @@ class Run:
             raise ConfigError("Nothing was trained")
         # The file first: a stop or a lack of memory in the last samples must not cost it.
         adapter = self._write(self.path)
-        with train_mode.memory_explained(), bank.installed(), bank.evaluation(trainer.values()):
+        with mode.memory_explained(), bank.installed(), bank.evaluation(trainer.values()):
             self._sample(trainer.step, None)
         report = self._report(adapter, time.monotonic() - began)
         samples = torch.cat(self.pictures[-MOST_SAMPLES:])
@@ -251,12 +252,12 @@ class Run:
             for i in range(count):
                 self._say(f"Drawing class picture {i + 1} of {count}")
                 drawn.append(self.host.sample_latent(prompt, plan, size, (self.plan.settings.seed + i) % 2**64))
-                train_host.need_finite(f"Class picture {i + 1}, as the model draws it,", drawn[-1], hint=PRECISE_MODEL)
+                host.need_finite(f"Class picture {i + 1}, as the model draws it,", drawn[-1], hint=PRECISE_MODEL)
             latents = self.host.base.process_latent_in(torch.cat(drawn)).float().cpu().contiguous()
             self.store.put(place, latents)
         records = [Record(f"class {i}", prompt, size, role="class") for i in range(count)]
         for record, latent in zip(records, latents, strict=True):
-            place = train_host._place(record)
+            place = host._place(record)
             self.host.latents[place], self.host.masks[place] = latent.unsqueeze(0), None
         return records
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 from safetensors import SafetensorError, safe_open
 
-from ..oft_core.training import ConfigError
+from ...oft_core.training import ConfigError
 from . import folders
 
 # Metadata of a file that a training wrote: which run's it is.

@@ -22,7 +22,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from torch import nn
 
-from ..oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
+from ...oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
 from .layers import CONV, EMBEDDING, gguf_type, hookable, kind_of, layer_of, nameless, patchable, stored_as
 from .turned import Entry, TurnedLayer
 

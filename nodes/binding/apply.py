@@ -1,0 +1,149 @@
+"""Applying a file to ComfyUI's MODEL and CLIP: its layers are found (`names`), each becomes a weight patch
+(`patch`) or turned activations (`runtime`), and the report says what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.patcher_extension
+
+from ...oft_core import Adapter, AdapterError, Patch, Schedule, Strength
+from ...oft_core import place as placing
+from ...oft_core.place import Placed
+from . import runtime, track
+from .names import HostIndex, Side, names_of, sides_of
+from .patch import Keeper, make_patches, patch_objects
+from .turned import Entry
+
+log = logging.getLogger("oft")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a node gives on: the patched (or same) model and text encoders, and the report as text."""
+
+    model: Any
+    clip: Any
+    report: str
+    warnings: tuple[str, ...]
+
+
+def place(
+    adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Strength, also: Iterable[float] = ()
+) -> Placed:
+    """`oft_core.place` with ComfyUI's own key tables beside our names. Raises what that raises."""
+    _, aliases = names_of(sides)
+    at = {"model": at_model, "clip": at_clip}
+    return placing.place(adapter, sides, at, also, index=lambda shapes: HostIndex(shapes, aliases))
+
+
+def apply(
+    adapter: Adapter,
+    model: Any | None,
+    clip: Any | None,
+    at_model: Strength,
+    at_clip: Strength,
+    how: str = runtime.AUTO,
+) -> Applied:
+    """Patch clones of `model` and `clip` with the file, each at its own strength.
+
+    model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
+    without patches. how: one of `runtime.RUNTIMES`. Raises what `place` and `runtime.plan` raise.
+    """
+    sides = sides_of(model, clip)
+    placed = place(adapter, sides, at_model, at_clip)
+    given = {"model": model, "clip": clip}
+    notes: list[str] = []
+    for side in sides:
+        mine = placed.patches[side.name]
+        notes += runtime_notes(side, mine, how)
+        given[side.name] = patched(side, mine, how, adapter.schedule)
+    return Applied(given["model"], given["clip"], "\n".join([placed.report, *notes]), placed.warnings)
+
+
+def runtime_notes(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = runtime.AUTO) -> list[str]:
+    """Lines for the report on what `patched` does with weights and what with activations."""
+    return list(runtime.plan(side.patcher.model, placed, how, side.words).notes)
+
+
+def patched(
+    side: Side,
+    placed: Iterable[tuple[Patch, Strength]],
+    how: str = runtime.AUTO,
+    schedule: Schedule | None = None,
+) -> Any:
+    """A clone of the side's MODEL or CLIP with the patches added, each at its strength.
+
+    Patches at strength 0 are left out; where none remains the side is handed on as it came. how: one of
+    `runtime.RUNTIMES`; layers whose activations are turned get no weight patch. schedule: what the strength
+    of the diffusion model follows while sampling; text encoders keep theirs.
+    """
+    plan = runtime.plan(side.patcher.model, placed, how, side.words)
+    if not plan.weights and not plan.live:
+        return side.owner
+    clone = side.owner.clone()
+    patcher = clone.patcher if side.name == "clip" else clone
+    follow = track.Track(schedule) if schedule is not None and side.name == "model" else None
+    tokens: set[int] = set()
+    for at, patches in _by_strength(plan.weights).items():
+        dictionaries, keeper = make_patches(side, patches, at.mode, at.coft, follow)
+        tokens |= {batch.token for batch in keeper.batches}
+        for patch_dict in dictionaries:
+            taken = set(clone.add_patches(patch_dict, at.value))
+            refused = [key for key in patch_dict if key not in taken]
+            if refused:
+                # The keys come from this very model, so a pack must have replaced its patcher.
+                raise AdapterError(
+                    "The model did not accept all patches",
+                    found=f"{len(refused)} refused, for instance {refused[0]}",
+                    hint="Another custom node may have replaced the model's patching; try without it.",
+                )
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
+    entries, keepers = [], []
+    for at, patches in _by_strength(plan.live).items():
+        objects, keeper = patch_objects(side, patches, at.mode, at.coft, follow)
+        entries += [Entry(patch, at, made, follow) for patch, made in objects]
+        keepers.append(keeper)
+    if entries:
+        runtime.attach(patcher, runtime.Application(entries, patcher, keepers))
+    if follow is not None:
+        keys = {patch.key for patch, _ in [*plan.weights, *plan.live]}
+        track.attach(patcher, follow, keys, tokens)
+        runtime.watch_merging(patcher)
+    return clone
+
+
+def patch_for_hook(hook: Any, side: Side, placed: Iterable[tuple[Patch, Strength]]) -> list[Keeper]:
+    """Give a hook its patches for a side; returns what must live as long as they do.
+
+    Quantised layers, whose weights ComfyUI's hooks cannot change or would round again, have their activations turned
+    while the hook is in force. Raises what `runtime.plan_for_hook` raises.
+    """
+    plan = runtime.plan_for_hook(side.patcher, placed, side.words)
+    keepers = []
+    for at, patches in _by_strength(plan.weights).items():
+        dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
+        for patch_dict in dictionaries:
+            side.patcher.add_hook_patches(hook=hook, patches=patch_dict, strength_patch=at.value)
+        keepers.append(keeper)
+    factor, entries = runtime.HookFactor(hook.hook_ref, side.patcher.model), []
+    for at, patches in _by_strength(plan.live).items():
+        objects, keeper = patch_objects(side, patches, at.mode, at.coft)
+        entries += [Entry(patch, at, made, factor) for patch, made in objects]
+        keepers.append(keeper)
+    if entries:
+        log.info("OFT: a hook turns activations of %d layers while it is in force.", len({e.patch.key for e in entries}))
+        application = runtime.HookApplication(entries, side.patcher, keepers, hook.hook_ref)
+        runtime.hang_on(side.patcher, application, stays=side.name == "clip")
+    return keepers
+
+
+def _by_strength(placed: Iterable[tuple[Patch, Strength]]) -> dict[Strength, list[Patch]]:
+    groups: dict[Strength, list[Patch]] = {}
+    for patch, at in placed:
+        groups.setdefault(at, []).append(patch)
+    return groups
