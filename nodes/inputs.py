@@ -10,7 +10,8 @@ from comfy_api.latest import io
 from ..oft_core import COFT_CHOICES, MODES, FileError, Strength, StrengthError
 from ..oft_core.constraint import coft_choice
 from . import compat
-from .binding import folders, runtime
+from .binding import folders
+from .binding.plan import AUTO, RUNTIMES
 
 CATEGORY = "OFT"
 ALIASES = ["oft", "boft", "lora", "lycoris", "dreambooth", "orthogonal finetuning", "adapter"]
@@ -105,7 +106,7 @@ def how() -> list[io.Input]:
 def where() -> io.Combo.Input:
     """Weights or activations; optional as those of `how` are."""
     return _entry(
-        io.Combo.Input, "runtime", options=list(runtime.RUNTIMES), default=How.runtime, optional=True
+        io.Combo.Input, "runtime", options=list(RUNTIMES), default=How.runtime, optional=True
     )
 
 
@@ -116,7 +117,7 @@ class How:
     mode: str = "rotation"
     coft: str | float = "file"
     coft_degrees: float = 15.0
-    runtime: str = runtime.AUTO
+    runtime: str = AUTO
 
     def at(self, value: float) -> Strength:
         """A strength with this mode and limit. Raises StrengthError for an unknown one."""
@@ -149,8 +150,8 @@ def checked_how(mode: str | None, coft: str | None, way: str | None = None) -> b
     """Mode, coft and runtime; coft may be a number of degrees too, in prompts written by hand."""
     if mode is not None and mode not in MODES:
         return f"mode '{mode}' is not one of {', '.join(MODES)}."
-    if way is not None and way not in runtime.RUNTIMES:
-        return f"runtime '{way}' is not one of {', '.join(runtime.RUNTIMES)}."
+    if way is not None and way not in RUNTIMES:
+        return f"runtime '{way}' is not one of {', '.join(RUNTIMES)}."
     if coft is None or coft == LIMIT:
         return True
     try:

@@ -15,9 +15,10 @@ from ..oft_core.errors import printable
 from ..oft_core.stack import Share, blend, holds_oft
 from ..oft_core.tensors import normal_tensors
 from . import compat, inputs
-from .binding import folders, names, runtime
-from .binding.apply import apply, patched, place, runtime_notes
+from .binding import folders, names
+from .binding.apply import apply, patched, place
 from .binding.files import inside
+from .binding.plan import AUTO, plan
 
 OFTStackType = io.Custom("OFT_STACK")
 LoraStackType = io.Custom("LORA_STACK")
@@ -331,11 +332,11 @@ class OFTApplyStack(io.ComfyNode):
 
 
 def apply_in_order(
-    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = runtime.AUTO
+    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = AUTO
 ) -> tuple[Any, Any, str]:
     """Patched MODEL and CLIP and a report; the rows act in their order. Raises what `apply` raises.
 
-    where: one of `runtime.RUNTIMES`.
+    where: one of `RUNTIMES`.
     """
     texts = []
     for i, row in enumerate(rows, 1):
@@ -346,7 +347,7 @@ def apply_in_order(
 
 
 def apply_blend(
-    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = runtime.AUTO
+    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = AUTO
 ) -> tuple[Any, Any, str]:
     """Patched MODEL and CLIP and a report; one rotation for all rows. Raises `StackError` if there is none.
 
@@ -376,9 +377,10 @@ def apply_blend(
         with normal_tensors():
             patches = blend([share for mine in shares for share in mine], count, side.shapes)
             whole = [(patch, Strength()) for patch in patches]
-            given[side.name] = patched(side, whole, where)
+            ways = plan(side, whole, where)
+            given[side.name] = patched(side, ways)
         lines.append(f"{side.words}: average of {count}, {len({p.key for p in patches})} weights turned.")
-        lines += runtime_notes(side, whole, where)
+        lines += ways.notes
     reports = [there.report for there in placed]
     return given["model"], given["clip"], "\n\n".join(["\n".join(lines), *reports])
 

@@ -1,5 +1,7 @@
-"""Applying a file to ComfyUI's MODEL and CLIP: its layers are found (`names`), each becomes a weight patch
-(`patch`) or turned activations (`runtime`), and the report says what happened.
+"""Applying a file to ComfyUI's MODEL and CLIP, in one direction:
+
+`place` finds its layers and says what happened, `plan` decides which way each goes, `patched` gives a clone of the model
+their weight patches (`patch`) or turned activations (`runtime`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from ...oft_core.place import Placed
 from . import runtime, track
 from .names import HostIndex, Side, names_of, sides_of
 from .patch import Keeper, make_patches, patch_objects
+from .plan import AUTO, Plan, plan, plan_for_hook
 from .turned import Entry
 
 log = logging.getLogger("oft")
@@ -47,49 +50,37 @@ def apply(
     clip: Any | None,
     at_model: Strength,
     at_clip: Strength,
-    how: str = runtime.AUTO,
+    how: str = AUTO,
 ) -> Applied:
     """Patch clones of `model` and `clip` with the file, each at its own strength.
 
     model, clip: ComfyUI's MODEL and CLIP, either may be None. At strength 0 a side is handed on as it came,
-    without patches. how: one of `runtime.RUNTIMES`. Raises what `place` and `runtime.plan` raise.
+    without patches. how: one of `RUNTIMES`. Raises what `place` and `plan` raise.
     """
     sides = sides_of(model, clip)
     placed = place(adapter, sides, at_model, at_clip)
     given = {"model": model, "clip": clip}
     notes: list[str] = []
     for side in sides:
-        mine = placed.patches[side.name]
-        notes += runtime_notes(side, mine, how)
-        given[side.name] = patched(side, mine, how, adapter.schedule)
+        ways = plan(side, placed.patches[side.name], how)
+        notes += ways.notes
+        given[side.name] = patched(side, ways, adapter.schedule)
     return Applied(given["model"], given["clip"], "\n".join([placed.report, *notes]), placed.warnings)
 
 
-def runtime_notes(side: Side, placed: Iterable[tuple[Patch, Strength]], how: str = runtime.AUTO) -> list[str]:
-    """Lines for the report on what `patched` does with weights and what with activations."""
-    return list(runtime.plan(side.patcher.model, placed, how, side.words).notes)
-
-
-def patched(
-    side: Side,
-    placed: Iterable[tuple[Patch, Strength]],
-    how: str = runtime.AUTO,
-    schedule: Schedule | None = None,
-) -> Any:
+def patched(side: Side, ways: Plan, schedule: Schedule | None = None) -> Any:
     """A clone of the side's MODEL or CLIP with the patches added, each at its strength.
 
-    Patches at strength 0 are left out; where none remains the side is handed on as it came. how: one of
-    `runtime.RUNTIMES`; layers whose activations are turned get no weight patch. schedule: what the strength
-    of the diffusion model follows while sampling; text encoders keep theirs.
+    ways: what `plan` gave for the side; without any patch the side is handed on as it came. schedule: what the
+    strength of the diffusion model follows while sampling; text encoders keep theirs.
     """
-    plan = runtime.plan(side.patcher.model, placed, how, side.words)
-    if not plan.weights and not plan.live:
+    if not ways.weights and not ways.live:
         return side.owner
     clone = side.owner.clone()
     patcher = clone.patcher if side.name == "clip" else clone
     follow = track.Track(schedule) if schedule is not None and side.name == "model" else None
     tokens: set[int] = set()
-    for at, patches in _by_strength(plan.weights).items():
+    for at, patches in _by_strength(ways.weights).items():
         dictionaries, keeper = make_patches(side, patches, at.mode, at.coft, follow)
         tokens |= {batch.token for batch in keeper.batches}
         for patch_dict in dictionaries:
@@ -104,14 +95,14 @@ def patched(
                 )
         patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, keeper)
     entries, keepers = [], []
-    for at, patches in _by_strength(plan.live).items():
+    for at, patches in _by_strength(ways.live).items():
         objects, keeper = patch_objects(side, patches, at.mode, at.coft, follow)
         entries += [Entry(patch, at, made, follow) for patch, made in objects]
         keepers.append(keeper)
     if entries:
         runtime.attach(patcher, runtime.Application(entries, patcher, keepers))
     if follow is not None:
-        keys = {patch.key for patch, _ in [*plan.weights, *plan.live]}
+        keys = {patch.key for patch, _ in [*ways.weights, *ways.live]}
         track.attach(patcher, follow, keys, tokens)
         runtime.watch_merging(patcher)
     return clone
@@ -121,17 +112,17 @@ def patch_for_hook(hook: Any, side: Side, placed: Iterable[tuple[Patch, Strength
     """Give a hook its patches for a side; returns what must live as long as they do.
 
     Quantised layers, whose weights ComfyUI's hooks cannot change or would round again, have their activations turned
-    while the hook is in force. Raises what `runtime.plan_for_hook` raises.
+    while the hook is in force. Raises what `plan_for_hook` raises.
     """
-    plan = runtime.plan_for_hook(side.patcher, placed, side.words)
+    ways = plan_for_hook(side, placed)
     keepers = []
-    for at, patches in _by_strength(plan.weights).items():
+    for at, patches in _by_strength(ways.weights).items():
         dictionaries, keeper = make_patches(side, patches, at.mode, at.coft)
         for patch_dict in dictionaries:
             side.patcher.add_hook_patches(hook=hook, patches=patch_dict, strength_patch=at.value)
         keepers.append(keeper)
     factor, entries = runtime.HookFactor(hook.hook_ref, side.patcher.model), []
-    for at, patches in _by_strength(plan.live).items():
+    for at, patches in _by_strength(ways.live).items():
         objects, keeper = patch_objects(side, patches, at.mode, at.coft)
         entries += [Entry(patch, at, made, factor) for patch, made in objects]
         keepers.append(keeper)

@@ -41,9 +41,10 @@ from ...oft_core import (
 )
 from ...oft_core.stack import names_oft
 from ...oft_core.tensors import normal_tensors
-from . import folders, names, runtime
-from .apply import apply, patch_for_hook, place, runtime_notes
+from . import folders, names
+from .apply import apply, patch_for_hook, place
 from .patch import make_patches
+from .plan import HOOK_WAY_OUT, WEIGHTS, plan, weights_out_of_reach
 
 log = logging.getLogger("oft")
 
@@ -258,10 +259,10 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             keys_of = comfy.lora.model_lora_keys_clip if for_text else comfy.lora.model_lora_keys_unet
             with left_to_comfyui():
                 loaded = comfy.lora.load_lora(rest, keys_of(model.model, {}), log_missing=False)
-            if loaded and (why_not := runtime.weights_out_of_reach(model)) is not None:
+            if loaded and (why_not := weights_out_of_reach(model)) is not None:
                 raise AdapterError(
                     "A hook cannot apply the other tensors of this file in this model", file=adapter.path,
-                    module=next(iter(rest)), found=why_not, hint=runtime.HOOK_WAY_OUT,
+                    module=next(iter(rest)), found=why_not, hint=HOOK_WAY_OUT,
                 )
             model.add_hook_patches(hook=self, patches=loaded, strength_patch=at.value)
         registered.add(self)
@@ -317,7 +318,7 @@ def _by_names(original: Callable[..., Any]) -> Callable[..., Any]:
         found: dict[Any, Any] = {}
         for side in sides:
             try:
-                notes = runtime_notes(side, placed.patches[side.name], runtime.WEIGHTS)
+                notes = plan(side, placed.patches[side.name], WEIGHTS).notes
             except AdapterError as error:
                 error.file, error.hint = adapter.path, "This loader can only patch weights. Use Load OFT."
                 raise

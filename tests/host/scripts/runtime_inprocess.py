@@ -35,7 +35,7 @@ if "comfyui_oft" in sys.modules:
     from comfy_extras import nodes_hooks
     from comfyui_oft.nodes import schedule
     from comfyui_oft.nodes.binding import apply as host
-    from comfyui_oft.nodes.binding import everywhere, folders, layers, runtime
+    from comfyui_oft.nodes.binding import everywhere, folders, layers, plan, runtime
     from comfyui_oft.nodes.binding import names as host_names
     from comfyui_oft.oft_core import AdapterError, ReadOptions, Schedule, Strength, read_tensors
 
@@ -834,7 +834,8 @@ def on_net(patcher, tensors, how, s=1.0, shape=(96, 256)):
     side = host_names.Side("model", "Model", patcher, patcher, shapes, {})
     adapter = read_tensors(tensors, {}, name="test.safetensors")
     placed = [(patch, Strength(s)) for patch in adapter.bind(index).patches]
-    return host.patched(side, placed, how), host.runtime_notes(side, placed, how)
+    ways = plan.plan(side, placed, how)
+    return host.patched(side, ways), ways.notes
 
 
 NET_FILES = {
@@ -1160,16 +1161,16 @@ def hooks_draw_the_same_either_way():
         "two hooks": lambda: [hook_of(one, 0.8), hook_of(two, -0.6, late)],
         "two at once": lambda: [hook_of(one, 0.8).clone_and_combine(hook_of(two, 0.5)), hook_of(two, 0.5)],
     }
-    out_of_reach, seen = runtime.weights_out_of_reach, [sampled_with(model)]
+    out_of_reach, seen = plan.weights_out_of_reach, [sampled_with(model)]
     for where, make in places.items():
         expected = sampled_with(model, *make())
-        runtime.weights_out_of_reach = lambda patcher: "a test"
+        plan.weights_out_of_reach = lambda patcher: "a test"
         try:
             hooks = make()
             got = sampled_with(model, *hooks)
             assert torch.equal(sampled_with(model, *hooks), got), "the same hooks again"
         finally:
-            runtime.weights_out_of_reach = out_of_reach
+            plan.weights_out_of_reach = out_of_reach
         assert apart(got, expected) < 1e-4, (where, apart(got, expected))
         assert min(apart(got, other) for other in seen) > 1e-3, where
         seen.append(got)
@@ -1234,13 +1235,13 @@ def hooks_that_a_model_cannot_have_are_refused_before_sampling():
     boft = {"linear.boft_R": numbers(1, 32, 8, 8), "linear.boft_s": torch.ones(96, 1)}
     index = host_names.HostIndex(shapes, {"linear": host_names.Target("linear.weight")})
     patches = read_tensors(boft, {}, name="test").bind(index).patches
-    before = runtime._obstacle
-    runtime._obstacle = lambda kind, ops: "a test"
+    before = plan._obstacle
+    plan._obstacle = lambda kind, ops: "a test"
     try:
         hook = hook_of(adapter).hooks[0]
         text = raises(AdapterError, lambda: host.patch_for_hook(hook, side, [(p, Strength()) for p in patches]))
     finally:
-        runtime._obstacle = before
+        plan._obstacle = before
     assert "hook cannot" in text and "quantised" in text and "Load OFT" in text, text
     management.unload_all_models()
 
