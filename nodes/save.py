@@ -18,6 +18,7 @@ from ..oft_core import Adapter, Diff, LayerRotation
 from ..oft_core.atomic import all_or_none
 from ..oft_core.errors import FileError, FormatError
 from ..oft_core.formats.write import WRITERS, write_adapter
+from ..oft_core.listed import CONFIG
 from ..oft_core.tensors import normal_tensors
 from ..oft_core.training import ConfigError
 from . import compat
@@ -114,7 +115,7 @@ def _copy(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
     files = {}
     if config is not None:
         path = path.with_suffix("") / "adapter_model.safetensors"
-        files[path.parent / folders.CONFIG] = lambda part: Path(part).write_bytes(config)
+        files[path.parent / CONFIG] = lambda part: Path(part).write_bytes(config)
     files[path] = lambda part: save_file(tensors, part, metadata or None)
     all_or_none(files)
     return path
@@ -125,7 +126,7 @@ def _peft_config(adapter: Adapter) -> bytes | None:
 
     Raises FileError if it cannot be read.
     """
-    config = Path(adapter.path).parent / folders.CONFIG
+    config = Path(adapter.path).parent / CONFIG
     if adapter.dialect not in PEFT_DIALECTS or not config.is_file():
         return None
     raw = config.read_bytes()

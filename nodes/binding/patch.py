@@ -15,10 +15,10 @@ import comfy.utils
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 
-from ...oft_core import AdapterError, Diff, LayerRotation, Patch, Strength
+from ...oft_core import AdapterError, Diff, LayerRotation, Patch, Strength, cache
 from ...oft_core.adapter import apply_swapped_
 from ...oft_core.tensors import normal_tensors
-from . import cache, layers, track
+from . import layers, track
 from .names import Side
 
 # What a patch holds: a rotation, or an additive difference (norms and biases of some files).

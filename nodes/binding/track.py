@@ -19,9 +19,8 @@ from weakref import WeakValueDictionary
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
 
-from ...oft_core import Schedule
+from ...oft_core import Schedule, cache
 from ...oft_core.schedule import Cursor, progress_of
-from . import cache
 
 KEY = "oft_schedule"
 _counter = itertools.count(1)

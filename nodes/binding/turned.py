@@ -12,10 +12,9 @@ import comfy.ops
 import torch
 from torch import nn
 
-from ...oft_core import Diff, LayerRotation, Patch, Strength
+from ...oft_core import Diff, LayerRotation, Patch, Strength, cache
 from ...oft_core.activations import Change, Pipeline, arriving_delta, map_vectors, terms_of
 from ...oft_core.adapter import apply_swapped_
-from . import cache
 from .layers import CONV, EMBEDDING, LINEAR, answers, gguf_type, kind_of
 
 # States of one layer that are kept beside each other where hooks take turns.

@@ -36,6 +36,10 @@ _NAMED = re.compile(
 _WHOLE = re.compile(r"(?P<module>(?!.*(?:lora_|original_module)).+?)(?P<own>\.base_layer)?\.(?P<param>weight|bias)$")
 _SAVED = re.compile(r"\.modules_to_save(?:\.(?P<adapter>[^.]+))?(?=\.)")
 _CORE = ("oft_R.weight", "oft_rotation.weight", "oft_embedding_R.weight", "boft_R", "oft_r", "oft_blocks", "oft_diag", "R")
+_CORE_KEY = re.compile(
+    r"\.(?:oft_R\.(?:weight|scaled_oft|clipped_oft|cans_oft|cans_exp)|oft_rotation\.weight|oft_embedding_R\.weight|boft_R|oft_r"
+    r"|oft_blocks(?:\.\d+)?|oft_diag)(?:\.default)?$|_oft\.R$"
+)
 _DEFAULT = re.compile(r"\.default(?=\.|$)")
 #: Anything that speaks of OFT, whether or not it is understood.
 _SPEAKS_OF_OFT = re.compile(r"(?:^|[._])b?oft(?:v2)?(?:[._]|$)", re.IGNORECASE)
@@ -46,6 +50,11 @@ _WRAPPED = re.compile(r"model\.(?!diffusion_model\.)")
 def speaks_of_oft(keys: Iterable[str]) -> list[str]:
     """The keys with ``oft`` or ``boft`` as a word of their own."""
     return [k for k in keys if _SPEAKS_OF_OFT.search(k)]
+
+
+def holds_oft(keys: Iterable[str]) -> bool:
+    """Whether one of the names is that of a tensor that stores rotations, in any dialect."""
+    return any(_CORE_KEY.search(adapter_of(unwrapped(key))[0]) for key in keys)
 
 
 def adapter_of(key: str) -> tuple[str, str]:

@@ -33,7 +33,7 @@ if "comfyui_oft" in sys.modules:
     import torch
     from comfyui_oft.nodes import compat, dataset, load, save, schedule, stack, train
     from comfyui_oft.nodes.binding import apply as host
-    from comfyui_oft.nodes.binding import cache, everywhere, files, folders, layers, track
+    from comfyui_oft.nodes.binding import everywhere, files, folders, layers, track
     from comfyui_oft.nodes.binding import names as host_names
     from comfyui_oft.nodes.binding import patch as host_patch
     from comfyui_oft.oft_core import (
@@ -44,6 +44,7 @@ if "comfyui_oft" in sys.modules:
         Schedule,
         Strength,
         StrengthError,
+        cache,
         read_tensors,
     )
     from comfyui_oft.oft_core.schedule import Cursor, progress_of

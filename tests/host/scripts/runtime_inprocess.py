@@ -619,7 +619,7 @@ def dropped_clones_take_nothing_along():
 
 @check
 def memory_is_given_back():
-    from comfyui_oft.nodes.binding import cache
+    from comfyui_oft.oft_core import cache
 
     model = families.make_model("sd15")
     gc.collect()

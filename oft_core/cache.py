@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ...oft_core import Built, LayerRotation, Strength, build_all
+from .constraint import Strength
+from .layer import Built, LayerRotation, build_all
 
 # Memory for built rotations over all files and devices, in bytes. What was built last always stays.
 LIMIT_BYTES = 384 << 20
@@ -29,7 +30,7 @@ _lock = threading.Lock()
 class Batch:
     """Layers whose rotations are built together, and what was built of them.
 
-    Lives as long as a model patcher that uses it (see `patch.Keeper`); the built rotations go with it.
+    Lives as long as something of the host's refers to it, such as a model patcher; the built rotations go with it.
     """
 
     def __init__(self, ops: Sequence[LayerRotation], mode: str):
