@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakValueDictionary
 
 import torch
@@ -42,9 +42,11 @@ class Batch:
         _batches[self.token] = self
 
 
-def batches(ops: Sequence[LayerRotation], mode: str) -> list[tuple[Batch, int]]:
+def batches(
+    ops: Sequence[LayerRotation], mode: str, kind: Callable[[Sequence[LayerRotation], str], Batch] = Batch
+) -> list[tuple[Batch, int]]:
     """Group `ops` by block size, in order, into batches of bounded size; gives (batch, place in it) for each
-    op. mode: the strength mode that they will be built in.
+    op. mode: the strength mode that they will be built in.   kind: makes a batch.
     """
     groups: dict[int, list[int]] = {}
     for i, op in enumerate(ops):
@@ -60,7 +62,7 @@ def batches(ops: Sequence[LayerRotation], mode: str) -> list[tuple[Batch, int]]:
             portions[-1].append(i)
             size += cost
         for portion in portions:
-            batch = Batch([ops[i] for i in portion], mode)
+            batch = kind([ops[i] for i in portion], mode)
             out |= {i: (batch, place) for place, i in enumerate(portion)}
     return [out[i] for i in range(len(ops))]
 

@@ -1,0 +1,46 @@
+"""What the web UI gets from us: a kind of extra network, a script that applies it, and callbacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules import extra_networks, script_callbacks, scripts
+
+from . import activation, infotext, settings, tags
+
+
+class OFTNetwork(extra_networks.ExtraNetwork):
+    """Makes ``<oft:…>`` a tag. Files are applied later, by `OFTScript`, when the LoRAs are in place."""
+
+    def __init__(self) -> None:
+        super().__init__(tags.NAME)
+
+    def activate(self, p: Any, params_list: list) -> None:
+        """Nothing yet: the order among all tags is known only when all kinds have been activated."""
+
+    def deactivate(self, p: Any) -> None:
+        """Nothing: as with LoRAs, the model stays as it is until the next picture says otherwise."""
+
+
+class OFTScript(scripts.Script):
+    """Runs for every picture, without controls of its own."""
+
+    def title(self) -> str:
+        return "OFT"
+
+    def show(self, is_img2img: bool) -> object:
+        return scripts.AlwaysVisible
+
+    def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if p.disable_extra_networks:
+            activation.clear(p)
+
+    def after_extra_networks_activate(self, p: Any, *args: Any, extra_network_data: dict | None = None, **kwargs: Any) -> None:
+        activation.activate(p, extra_network_data or {})
+
+
+def start() -> None:
+    """Register everything; the host forgets it when the page is reloaded, and calls again."""
+    script_callbacks.on_before_ui(lambda: extra_networks.register_extra_network(OFTNetwork()))
+    script_callbacks.on_ui_settings(settings.register)
+    script_callbacks.on_infotext_pasted(infotext.pasted)

@@ -1,0 +1,42 @@
+"""reForge: ComfyUI's patchers and weight adapters under ``ldm_patched``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ldm_patched.modules import utils
+from ldm_patched.modules.weight_adapter import WeightAdapterBase
+
+from ...oft_core import Patch
+from . import adapters, lists, objects
+from .contract import Part, Wanted
+
+
+class ReForge:
+    title = "reForge"
+    TOUCHES = {
+        **lists.TOUCHES,
+        "ldm_patched.modules.utils": ("get_attr",),
+        "ldm_patched.modules.weight_adapter": ("WeightAdapterBase",),
+        "ldm_patched.modules.model_patcher": ("ModelPatcher",),
+    }
+
+    def __init__(self) -> None:
+        self.payload = adapters.payload(WeightAdapterBase)
+
+    def parts(self, sd_model: Any) -> list[Part]:
+        return objects.parts(sd_model, lambda parameter: tuple(parameter.shape))
+
+    def put(self, sd_model: Any, wanted: Sequence[Wanted]) -> list[str]:
+        lists.put(sd_model, wanted, self.payload, base_norm)
+        return []
+
+
+def base_norm(patcher: Any, patch: Patch) -> torch.Tensor:
+    """Row norms (rows,) float32 of the layer's weight without any patch."""
+    kept = patcher.backup.get(patch.key)
+    weight = utils.get_attr(patcher.model, patch.key) if kept is None else getattr(kept, "weight", kept)
+    weight = weight if patch.rows is None else weight.narrow(0, *patch.rows)
+    return torch.linalg.vector_norm(weight.float().cpu().flatten(1), dim=1)
