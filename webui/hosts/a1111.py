@@ -44,12 +44,15 @@ Places = dict[str, Place]
 _places: weakref.WeakKeyDictionary[Any, dict[str, Places]] = weakref.WeakKeyDictionary()
 
 
+#: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
+TOUCHES = {
+    "networks": ("assign_network_names_to_compvis_modules", "loaded_networks"),
+    "modules.shared": ("opts",),
+}
+
+
 class A1111:
     title = "Automatic1111"
-    TOUCHES = {
-        "networks": ("assign_network_names_to_compvis_modules", "loaded_networks"),
-        "modules.shared": ("opts",),
-    }
 
     def __init__(self) -> None:
         #: What was put on last, for the host forgets it before every picture.

@@ -61,8 +61,6 @@ class Host(Protocol):
 
     #: Its name for people.
     title: str
-    #: module -> names in it that this host's file uses.
-    TOUCHES: Mapping[str, tuple[str, ...]]
 
     def parts(self, sd_model: Any) -> list[Part]:
         """The diffusion model ("model") and the text encoders ("clip") of a loaded model."""

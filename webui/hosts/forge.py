@@ -31,18 +31,21 @@ def _turn(weight: torch.Tensor, strength: float, change: Change) -> torch.Tensor
     return change.apply_(weight)
 
 
+#: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
+TOUCHES = {
+    "backend.args": ("dynamic_args",),
+    "backend.memory_management": ("cast_to_device",),
+    "backend.patcher.lora": ("extra_weight_calculators", "LoraLoader", "merge_lora_to_weight"),
+    "backend.patcher.base": ("ModelPatcher",),
+    "backend.utils": ("get_attr",),
+    "networks": ("available_network_aliases", "load_networks"),
+}
+
+
 class Forge:
     """payload: makes the host's patch of a change; None: Forge's own way."""
 
     title = "Forge"
-    TOUCHES = {
-        "backend.args": ("dynamic_args",),
-        "backend.memory_management": ("cast_to_device",),
-        "backend.patcher.lora": ("extra_weight_calculators", "LoraLoader", "merge_lora_to_weight"),
-        "backend.patcher.base": ("ModelPatcher",),
-        "backend.utils": ("get_attr",),
-        "networks": ("available_network_aliases", "load_networks"),
-    }
 
     def __init__(self, payload: Callable[[Change], Any] | None = None) -> None:
         self.payload = payload

@@ -14,17 +14,19 @@ from ...oft_core import AdapterError, Patch
 from . import adapters, forge, lists, objects
 from .contract import Part, Wanted
 
+#: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
+TOUCHES = {
+    **lists.TOUCHES,
+    "backend.args": ("dynamic_args",),
+    "backend.memory_management": ("cast_to_device",),
+    "backend.patcher.base": ("ModelPatcher",),
+    "backend.utils": ("get_attr",),
+    "modules_forge.packages.comfy.weight_adapter": ("WeightAdapterBase",),
+}
+
 
 class Neo:
     title = "Forge Neo"
-    TOUCHES = {
-        **lists.TOUCHES,
-        "backend.args": ("dynamic_args",),
-        "backend.memory_management": ("cast_to_device",),
-        "backend.patcher.base": ("ModelPatcher",),
-        "backend.utils": ("get_attr",),
-        "modules_forge.packages.comfy.weight_adapter": ("WeightAdapterBase",),
-    }
 
     def __init__(self) -> None:
         self.payload = adapters.payload(WeightAdapterBase)

@@ -13,15 +13,17 @@ from ...oft_core import Patch
 from . import adapters, lists, objects
 from .contract import Part, Wanted
 
+#: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
+TOUCHES = {
+    **lists.TOUCHES,
+    "ldm_patched.modules.utils": ("get_attr",),
+    "ldm_patched.modules.weight_adapter": ("WeightAdapterBase",),
+    "ldm_patched.modules.model_patcher": ("ModelPatcher",),
+}
+
 
 class ReForge:
     title = "reForge"
-    TOUCHES = {
-        **lists.TOUCHES,
-        "ldm_patched.modules.utils": ("get_attr",),
-        "ldm_patched.modules.weight_adapter": ("WeightAdapterBase",),
-        "ldm_patched.modules.model_patcher": ("ModelPatcher",),
-    }
 
     def __init__(self) -> None:
         self.payload = adapters.payload(WeightAdapterBase)
