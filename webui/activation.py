@@ -140,7 +140,7 @@ def _in_place_of_lora(mention: Mention) -> bool:
     if not settings.get("oft_lora_tags"):
         return False
     try:
-        files.find(mention.items[0])
+        file = files.find(mention.items[0])
     except AdapterError:
         return False
-    return True
+    return files.get(file.name) is file

@@ -66,6 +66,8 @@ def folders() -> list[str]:
 
 
 _files: dict[str, OFTFile] = {}
+#: The other safetensors files there, so that a tag that names one is told what it is.
+_others: dict[str, OFTFile] = {}
 _lock = threading.Lock()
 _readings = listed.Readings()
 
@@ -73,15 +75,18 @@ _readings = listed.Readings()
 def refresh() -> dict[str, OFTFile]:
     """Look through the folders again; name -> file, our own folder's first. A folder that is not there is empty."""
     found: dict[str, OFTFile] = {}
+    others: dict[str, OFTFile] = {}
     for root in folders():
         for path in _below(root):
+            place = found if _is_oft(path) else others
             name, full = _names(path, root)
-            name = name if name not in found else full
-            if name not in found:
-                found[name] = OFTFile(name, path, root, _metadata(path))
+            name = name if name not in place else full
+            if name not in place:
+                place[name] = OFTFile(name, path, root, _metadata(path) if place is found else {})
     with _lock:
-        _files.clear()
-        _files.update(found)
+        for known, now in ((_files, found), (_others, others)):
+            known.clear()
+            known.update(now)
     return found
 
 
@@ -101,11 +106,12 @@ def get(name: str) -> OFTFile | None:
 def find(name: str) -> OFTFile:
     """The file that a tag's name means; the folders are looked through again where none does.
 
-    Raises FileError if that is none, or more than one.
+    A file without rotations, or a damaged one, is found where no other fits: reading it says what is wrong. Raises FileError
+    if no file fits, or more than one.
     """
     found = _meant(name, all_files())
     if not found or not os.path.isfile(found[0].path):
-        found = _meant(name, refresh().values())
+        found = _meant(name, refresh().values()) or _meant(name, _others.values())
     if len(found) == 1:
         return found[0]
     if found:
@@ -144,13 +150,12 @@ def _meant(name: str, known: Iterable[OFTFile]) -> list[OFTFile]:
 
 
 def _below(root: str) -> Iterator[str]:
-    """Paths of the OFT files below a folder, sorted."""
+    """Paths of the safetensors files below a folder, sorted."""
     for folder, inside, names in os.walk(root, followlinks=True):
         inside.sort()
         for name in sorted(names):
-            path = os.path.join(folder, name)
-            if os.path.splitext(name)[1].lower() in listed.EXTENSIONS and _is_oft(path):
-                yield path
+            if os.path.splitext(name)[1].lower() in listed.EXTENSIONS:
+                yield os.path.join(folder, name)
 
 
 def _names(path: str, root: str) -> tuple[str, str]:
