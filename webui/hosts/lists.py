@@ -33,7 +33,7 @@ def put(
     after = sd_model.forge_objects_after_applying_lora
     # The host makes these objects anew when its LoRAs change, and ours are gone with the old ones.
     state, clean = getattr(after, "oft_state", None), getattr(after, "oft_clean", (after.unet, after.clip))
-    asked = (tuple(one.identity for one in wanted), online)
+    asked = (tuple((one.identity, one.after, one.instead) for one in wanted), online)
     if state == asked or (state is None and not wanted):
         return
     targets = _targets(sd_model)

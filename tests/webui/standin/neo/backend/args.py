@@ -1,0 +1,3 @@
+from types import SimpleNamespace
+
+dynamic_args = SimpleNamespace(online_lora=False, ops="", nunchaku=False)

@@ -1,0 +1,1 @@
+from patch_lists import ModelPatcher  # noqa: F401

@@ -1,0 +1,1 @@
+from patch_lists import get_attr, set_attr  # noqa: F401
