@@ -31,7 +31,7 @@ def assign_network_names_to_compvis_modules(sd_model):
 def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
     loaded_networks.clear()
     available_network_aliases.update(lora_files.aliases())
-    for name, strength in zip(names, unet_multipliers):
+    for name, strength in zip(names, unet_multipliers, strict=False):
         modules = {
             key.removesuffix(".weight").replace(".", "_"): _Lora(name, key, delta * strength)
             for key, delta in lora_files.files[name].items()

@@ -20,7 +20,7 @@ def load_lora_for_models(unet, clip, lora, strength_model, strength_clip, filena
 def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
     available_network_aliases.update(lora_files.aliases())
     model = shared.sd_model
-    targets = [[available_network_aliases[n].filename, u, t] for n, u, t in zip(names, unet_multipliers, te_multipliers)]
+    targets = [[available_network_aliases[n].filename, u, t] for n, u, t in zip(names, unet_multipliers, te_multipliers, strict=False)]
     if str(targets) == model.current_lora_hash:
         return
     model.current_lora_hash = str(targets)
