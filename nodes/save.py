@@ -14,10 +14,11 @@ from comfy_api.latest import io, ui
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..oft_core import Adapter, Diff, LayerRotation
+from ..oft_core import Adapter
 from ..oft_core.atomic import all_or_none
+from ..oft_core.convert import convert
 from ..oft_core.errors import FileError, FormatError
-from ..oft_core.formats.write import WRITERS, write_adapter
+from ..oft_core.formats.write import WRITERS
 from ..oft_core.listed import CONFIG
 from ..oft_core.tensors import normal_tensors
 from ..oft_core.training import ConfigError
@@ -146,28 +147,9 @@ def _convert(adapter: Adapter, model: Any, clip: Any, path: Path, dialect: str, 
             found="no model",
             hint="Connect MODEL (and CLIP), or choose 'as it is'.",
         )
-    index = names.index_of(model, clip)
-    binding = adapter.bind(index)
-    if binding.unmatched:
-        raise FormatError(
-            "Not every layer of this adapter belongs to the connected model",
-            module=next(iter(binding.unmatched)),
-            hint="Connect the model (and CLIP) that it was made for.",
-        )
-    layers: dict[str, LayerRotation] = {}
-    beside: dict[str, Diff] = {}
-    for patch in binding.patches:
-        place = layers if isinstance(patch.op, LayerRotation) else beside
-        if patch.rows or patch.swap_halves or patch.key in place:
-            raise FormatError(
-                "This adapter has a layer that cannot be written in another dialect", module=patch.module
-            )
-        place[patch.key] = patch.op
-    target = path.with_suffix("") if dialect == "peft" else path
     own = names.own_weights(model, clip)
-    metadata = _carried(adapter.metadata)
-    return write_adapter(
-        layers, index, target, dialect, beside=beside, base=own, metadata=metadata, dtype=dtype
+    return convert(
+        adapter, names.index_of(model, clip), path, dialect, base=own, metadata=_carried(adapter.metadata), dtype=dtype
     )
 
 

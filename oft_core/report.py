@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from .adapter import Adapter, Binding
@@ -150,7 +151,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         angles_estimated=measures.top_estimated, mean_estimated=measures.mean_estimated, orthogonality_error=measures.error,
         constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses and max(uses) < math.inf else None,
         limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
-        base_model=_base_model(adapter), trigger_words=_triggers(adapter),
+        base_model=_base_model(adapter), trigger_words=trigger_words(adapter.metadata),
         metadata={k: printable(adapter.metadata[k]) for k in _SHOWN_METADATA if adapter.metadata.get(k)},
         strength=None if strength is None else {"value": strength.value, "mode": strength.mode, "coft": strength.coft},
         notes=list(adapter.notes), warnings=warnings,
@@ -219,13 +220,15 @@ def _base_model(adapter: Adapter) -> str:
     return f"{known} (names: {guess})" if known else guess
 
 
-def _triggers(adapter: Adapter) -> list[str]:
-    """Trigger words that the trainer wrote down, else the commonest tags of the training captions."""
-    found = [adapter.metadata[k].strip() for k in _TRIGGER_KEYS if adapter.metadata.get(k, "").strip()]
+def trigger_words(metadata: Mapping[str, str], *, guess: bool = True) -> list[str]:
+    """Trigger words that the trainer wrote down, else, with ``guess``, the commonest tags of the training captions."""
+    found = [metadata[k].strip() for k in _TRIGGER_KEYS if metadata.get(k, "").strip()]
     if found:
         return [printable(t, 200) for t in found]
+    if not guess:
+        return []
     try:
-        folders = json.loads(adapter.metadata.get("ss_tag_frequency", "{}"))
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
     except (ValueError, RecursionError):  # also numbers too long to read, and brackets nested without end
         return []
     counts: Counter[str] = Counter()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from modules import extra_networks, script_callbacks, scripts
+from modules import extra_networks, script_callbacks, scripts, ui_extra_networks
 
-from . import activation, infotext, settings, tags
+from . import activation, api, infotext, page, settings, tab, tags, xyz
 
 
 class OFTNetwork(extra_networks.ExtraNetwork):
@@ -39,8 +39,16 @@ class OFTScript(scripts.Script):
         activation.activate(p, extra_network_data or {})
 
 
+def _before_ui() -> None:
+    extra_networks.register_extra_network(OFTNetwork())
+    ui_extra_networks.register_page(page.OFTPage())
+    xyz.register()
+
+
 def start() -> None:
     """Register everything; the host forgets it when the page is reloaded, and calls again."""
-    script_callbacks.on_before_ui(lambda: extra_networks.register_extra_network(OFTNetwork()))
+    script_callbacks.on_before_ui(_before_ui)
     script_callbacks.on_ui_settings(settings.register)
+    script_callbacks.on_ui_tabs(tab.build)
     script_callbacks.on_infotext_pasted(infotext.pasted)
+    script_callbacks.on_app_started(api.register)

@@ -1,9 +1,17 @@
-"""As much of gradio as the settings name; real ones are in the page tests' own environments."""
+"""As much of gradio as is named when the face is imported; real ones are in the page tests' own environments."""
 
 
-class Textbox:
+class Blocks:
+    pass
+
+
+class Dropdown:
     pass
 
 
 class Radio:
+    pass
+
+
+class Textbox:
     pass

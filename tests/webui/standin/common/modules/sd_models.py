@@ -1,0 +1,11 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+checkpoints_list: dict = {}
+folder = None  # the tests say
+
+
+def list_models():
+    checkpoints_list.clear()
+    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        checkpoints_list[path.name] = SimpleNamespace(filename=str(path), name=path.name, title=path.name)
