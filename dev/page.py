@@ -62,27 +62,21 @@ def install_browser(log: Path) -> str | None:
     return find_browser()
 
 
-class ComfyPage:
-    """One browser window on one server.
+class Window:
+    """One browser window on one local server.
 
-        with ComfyPage(server.url, vue_nodes=False) as page:
-            page.search_and_place("Load OFT", ...)
+        with Window(url) as window:
+            window.page.get_by_text("Load").click()
 
     `errors` collects console errors and uncaught exceptions as (text, source URL). Requests to anything but
     this server are refused and listed in `refused`.
     """
 
-    def __init__(self, url: str, *, vue_nodes: bool = False, size: tuple[int, int] = (1600, 1000)) -> None:
-        self.url, self.vue_nodes, self.size = url, vue_nodes, size
+    def __init__(self, url: str, *, size: tuple[int, int] = (1600, 1000)) -> None:
+        self.url, self.size = url, size
         self.errors: list[tuple[str, str]] = []
         self.refused: list[str] = []
         self.page: Page
-
-    def _setting(self, name: str, value: Any) -> None:
-        request = urllib.request.Request(
-            f"{self.url}/settings/{name}", json.dumps(value).encode(), {"Content-Type": "application/json"}
-        )
-        urllib.request.urlopen(request, timeout=10).close()
 
     def __enter__(self) -> Self:
         from playwright.sync_api import sync_playwright
@@ -90,8 +84,6 @@ class ComfyPage:
         browser = find_browser()
         if browser is None:
             raise RuntimeError(NO_BROWSER)
-        self._setting("Comfy.TutorialCompleted", True)  # else the first visit opens the template browser
-        self._setting("Comfy.VueNodes.Enabled", self.vue_nodes)
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._playwright = sync_playwright().start()
         width, height = self.size
@@ -107,15 +99,6 @@ class ComfyPage:
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda fault: self.errors.append((str(fault), "")))
         self.page.goto(self.url, wait_until="domcontentloaded")
-        self.page.wait_for_selector("#graph-canvas", timeout=60_000)
-        self.page.wait_for_function(
-            "() => window.app?.graph && window.LiteGraph && app.extensionManager"
-            " && Object.keys(LiteGraph.registered_node_types).length > 100",
-            timeout=60_000,
-        )
-        self.page.wait_for_function("() => !document.querySelector('#splash-loader, .p-blockui-mask')")
-        self.page.wait_for_timeout(500)
-        self.close_dialogs()
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -135,7 +118,41 @@ class ComfyPage:
         if message.type == "error":
             self.errors.append((message.text, message.location.get("url", "")))
 
+
+class ComfyPage(Window):
+    """ComfyUI's page.
+
+    with ComfyPage(server.url, vue_nodes=False) as page:
+        page.search_and_place("Load OFT", ...)
+    """
+
+    def __init__(self, url: str, *, vue_nodes: bool = False, size: tuple[int, int] = (1600, 1000)) -> None:
+        super().__init__(url, size=size)
+        self.vue_nodes = vue_nodes
+
+    def _setting(self, name: str, value: Any) -> None:
+        request = urllib.request.Request(
+            f"{self.url}/settings/{name}", json.dumps(value).encode(), {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def __enter__(self) -> Self:
+        self._setting("Comfy.TutorialCompleted", True)  # else the first visit opens the template browser
+        self._setting("Comfy.VueNodes.Enabled", self.vue_nodes)
+        super().__enter__()
+        self.page.wait_for_selector("#graph-canvas", timeout=60_000)
+        self.page.wait_for_function(
+            "() => window.app?.graph && window.LiteGraph && app.extensionManager"
+            " && Object.keys(LiteGraph.registered_node_types).length > 100",
+            timeout=60_000,
+        )
+        self.page.wait_for_function("() => !document.querySelector('#splash-loader, .p-blockui-mask')")
+        self.page.wait_for_timeout(500)
+        self.close_dialogs()
+        return self
+
     # --- what a person does ---
+
     def close_dialogs(self) -> None:
         for _ in range(5):
             if not self.page.locator("[role=dialog]:visible").count():

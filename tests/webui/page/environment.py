@@ -1,0 +1,51 @@
+"""Environments with the gradio of each web UI, made once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from dev.host import cache_dir
+
+#: gradio -> what it ran with when it was new; the web UIs pin much the same.
+PINS = {
+    "3.41.2": (
+        "gradio==3.41.2", "fastapi==0.94.0", "starlette==0.26.1", "pydantic==1.10.27", "anyio==3.7.1", "httpx==0.24.1",
+        "websockets==11.0.3", "huggingface-hub==0.23.5", "numpy==1.26.4", "Pillow==9.5.0", "pandas==2.2.3", "altair==5.5.0",
+        "matplotlib==3.8.4",
+    ),
+    "4.40.0": (
+        "gradio==4.40.0", "fastapi==0.104.1", "starlette==0.27.0", "pydantic==2.8.2", "anyio==3.7.1", "httpx==0.24.1",
+        "websockets==12.0", "huggingface-hub==0.25.2", "numpy==1.26.4", "Pillow==9.5.0", "pandas==2.2.3", "matplotlib==3.8.4",
+    ),
+}
+
+
+def python_with(gradio: str) -> Path:
+    """The Python of the environment with this gradio, with torch and safetensors of the running one behind it.
+
+    Raises RuntimeError with pip's last lines if it cannot be installed.
+    """
+    pins = PINS[gradio]
+    root = cache_dir() / f"gradio-{gradio}"
+    python = root / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    # A new Python or other pins make another environment.
+    mark, wanted = root / "made.txt", hashlib.sha256(repr((sys.version, sys.prefix, pins)).encode()).hexdigest()
+    if mark.is_file() and mark.read_text() == wanted:
+        return python
+    shutil.rmtree(root, ignore_errors=True)
+    venv.create(root, with_pip=True)
+    run = subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(f"gradio {gradio} cannot be installed: {run.stderr[-2000:]}")
+    site = next(root.glob("lib/python*/site-packages"), root / "Lib" / "site-packages")
+    behind = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "behind.pth").write_text(behind + "\n")
+    mark.write_text(wanted)
+    return python
