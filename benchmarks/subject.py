@@ -33,7 +33,22 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import subject_metrics as metrics
-from subject_methods import CONTROL, GUIDE, GUIDE_PICTURES, GUIDE_STEPS, METHODS, TWINS, method_of
+from subject_lines import (
+    GRID_STEPS,
+    LONG_STEPS,
+    RATE_STEPS,
+    STEPS,
+    balance,
+    finished,
+    key_of,
+    made_by,
+    normalised,
+    rate_lines,
+    read,
+    sheet_name,
+)
+from subject_methods import CONTROL, GUIDE, GUIDE_PICTURES, GUIDE_STEPS, METHODS, method_of
+from subject_report import write
 from subject_task import (
     BATCH,
     CFG,
@@ -53,13 +68,7 @@ from embedded.pictures import cutout, subjects, view
 from oft_core.training.objective import shifted
 
 GRID_SUBJECTS = ("castle", "owl", "guitar")  # for choosing learning rates; never reported
-GRID_STEPS = (50, 100, 200, 400)
 SUBJECTS = 12  # behind the reported numbers
-# Dense where most methods learn: fidelity rises from a fifth to four fifths within 30 steps, so that a line between
-# distant checkpoints would say little about what is reached at a level between them.
-STEPS = (10, 15, 20, 25, 35, 50, 75, 100, 200, 400)
-LONG_STEPS = (*STEPS, 1000, 2000)
-RATE_STEPS = (*STEPS, 1000)
 
 
 # ---------------------------------------------------------------- measuring
@@ -196,34 +205,6 @@ class Job:
         return (self.method, f"{self.lr:g}", self.subject, self.seed, self.batch, self.pictures)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a results file; a line that was cut off by an interruption is left out, and of a run
-    that was made again with more steps the shorter one.
-    """
-    out: dict[tuple, dict[str, Any]] = {}
-    for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            print(f"{path}: an incomplete line is left out", file=sys.stderr)
-            continue
-        key = (line["stage"], *made_by(line), *key_of(line))
-        if key not in out or out[key]["rows"][-1]["step"] < line["rows"][-1]["step"]:
-            out[key] = line
-    return list(out.values())
-
-
-def key_of(line: dict[str, Any]) -> tuple:
-    """As `Job.key`."""
-    names = ("subject", "seed", "batch", "pictures")
-    return (line["method"], f"{line['lr']:g}", *(line[name] for name in names))
-
-
-def made_by(line: dict[str, Any]) -> tuple[str, str]:
-    """Digests of the weights that were trained on and of the encoder that measured: only equal ones compare."""
-    return line["weights"], line["encoder"]
-
-
 def grid_jobs(methods: Iterable[str], count: int, batch: int) -> list[Job]:
     """Every learning rate of every method on the first `count` subjects that are kept for it."""
     tried = [(m, lr) for m in methods if not isinstance(METHODS[m].grid, str) for lr in METHODS[m].grid]
@@ -259,11 +240,6 @@ def rate_jobs(methods: Iterable[str], count: int, seeds: Iterable[int], batch: i
     return [Job("rates", m, lr, s, seed, RATE_STEPS, batch) for seed in seeds for s in names for m, lr in tried]
 
 
-def rate_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines on reported subjects, at the chosen rates and at others; see `TWINS` for the names in them."""
-    return [x | {"method": TWINS.get(x["method"], x["method"])} for x in lines if x["stage"] in ("rates", "main")]
-
-
 def guide_jobs(count: int) -> list[Job]:
     """All settings of the guide for its first subject, then for the next; none is a subject of the evaluation."""
     names = [s.name for s in reported_subjects()[SUBJECTS:]]
@@ -271,22 +247,6 @@ def guide_jobs(count: int) -> list[Job]:
     return [
         Job("guide", m, GUIDE[m].grid[0], s, 0, GUIDE_STEPS, BATCH, n) for s in names[:count] for m, n in variants
     ]
-
-
-def balance(row: dict[str, float], line: dict[str, Any]) -> float:
-    """Harmonic mean of fidelity and of what is kept of the prior, 0..1: what a learning rate is chosen by."""
-    fidelity, kept = min(max(normalised(row["similarity"], line), 0.0), 1.0), max(1 - row["drift"], 0.0)
-    return 2 * fidelity * kept / (fidelity + kept) if fidelity + kept else 0.0
-
-
-def normalised(similarity: float, line: dict[str, Any], of: str = "similarity") -> float:
-    """Similarity to the held-out views: 0 as the frozen model's pictures, 1 as the subject itself.
-
-    `of`: which pictures are meant: their similarity of the frozen model counts as 0. The subject itself is its
-    training views, for "carried" the subject with the backgrounds and places that were asked for.
-    """
-    low = line["base"][of]
-    return (similarity - low) / (line["ceilings"].get(of, line["ceilings"]["similarity"]) - low)
 
 
 def chosen_rates(lines: list[dict[str, Any]], methods: Iterable[str] = tuple(METHODS)) -> dict[str, float]:
@@ -367,25 +327,12 @@ def run(
     }  # fmt: skip
 
 
-def sheet_name(stage: str, subject: str, seed: int, method: str, lr: float, pictures: int) -> str:
-    """File of a run's pictures: a row for the frozen model and for every checkpoint, 34 columns of 64 px."""
-    return f"{stage}-{subject}-{seed}-{method}-{lr:g}-{pictures}.png"
-
-
 def _save_sheet(path: Path, rows: list[Tensor]) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     Image.fromarray((whole * 255).round().byte().permute(1, 2, 0).numpy()).save(path, optimize=True)
-
-
-def finished(lines: Iterable[dict[str, Any]]) -> dict[tuple, int]:
-    """Key of a run -> how many steps it had."""
-    out: dict[tuple, int] = {}
-    for line in lines:
-        out[key_of(line)] = max(line["rows"][-1]["step"], out.get(key_of(line), 0))
-    return out
 
 
 def work_through(
@@ -451,8 +398,6 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.jsonl"
     if options.report:
-        from subject_report import write
-
         write(read(results), options.report, folder / "sheets")
         return
     space = metrics.known(options.work, folder)

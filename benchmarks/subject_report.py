@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from subject import (
+from subject_lines import (
     GRID_STEPS,
     LONG_STEPS,
     RATE_STEPS,

@@ -1,17 +1,10 @@
-"""The node that gathers training pictures: OFT Dataset.
-
-A set knows where its pictures are, how each is fitted to its size bucket, and its captions. Latents and text
-embeddings depend on the model and are made by the training node.
-"""
+"""The node that gathers training pictures: OFT Dataset."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +14,11 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
-from ..oft_core.training import ConfigError, Record, data
-from ..oft_core.training.folder import read, scan, some
-from ..oft_core.training.pictures import Picture, fitted, spread, to_tensor
+from ..oft_core.training import ConfigError
+from ..oft_core.training.dataset import TrainingSet, from_pillow, to_pillow
+from ..oft_core.training.dataset import build as gather
+from ..oft_core.training.folder import scan
+from ..oft_core.training.pictures import Picture
 from . import compat
 from .binding.files import inside
 
@@ -79,39 +74,6 @@ TIPS = {
     "out_summary": "Numbers of pictures and sizes, captions, and remarks.",
     "out_sheet": "All pictures as they are cut, with size, mask and caption.",
 }
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Training examples and where their pictures are.
-
-    records: what is shown, mirror images included.   pictures: name -> Pillow picture and mask ("L") or None, for
-    pictures that came over a link; others are files.   digest: changes when any pixel, mask or caption does.
-    """
-
-    records: tuple[Record, ...]
-    pictures: dict[str, tuple[Any, Any]]
-    class_prompt: str
-    trigger: str
-    resolution: int
-    digest: str
-    notes: tuple[str, ...]
-
-    def load(self, record: Record) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Picture (height, width, 3) and mask (height, width, 1) or None of a record, float32 0..1, fitted."""
-        if record.name not in self.pictures:
-            return data.load(record.name, record)
-        picture, mask = self.pictures[record.name]
-        image = to_tensor(fitted(picture, record.bucket, record.flip))
-        if mask is None:
-            return image, None
-        return image, to_tensor(fitted(mask, record.bucket, record.flip))
-
-    @property
-    def main_bucket(self) -> tuple[int, int]:
-        """The size that most pictures have, (width, height); the larger of two equally common ones."""
-        count = Counter(r.bucket for r in self.records)
-        return max(count, key=lambda b: (count[b], b[0] * b[1], b))
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -185,22 +147,13 @@ def build(
     pictures: list[torch.Tensor] | None = None,
     masks: list[torch.Tensor] | None = None,
     folder: str = NO_FOLDER,
-    captions: list[str] | None = None,
-    instance_prompt: str = "",
-    trigger: str = "",
-    class_prompt: str = "",
-    resolution: int = 512,
-    buckets: bool = True,
-    bucket_step: int = 64,
-    repeats: int = 1,
-    flips: bool = False,
+    **options: Any,
 ) -> TrainingSet:
-    """Make a set. captions: one a picture, in order; shorter lists and empty ones fall back.
+    """`training.dataset.build` with ComfyUI's pictures, masks and folders.
 
-    Raises ConfigError (no pictures, both sources, more captions or masks than pictures, unreadable files, or
-    pictures of which nothing counts).
+    pictures: IMAGE batches.   masks: MASK batches.   folder: its name inside `input`.   Raises ConfigError (both
+    sources or none, numbers that are not finite, a folder elsewhere) and what that raises.
     """
-    trigger = trigger.strip()
     linked = pictures is not None
     has_folder = folder not in ("", NO_FOLDER)
     if linked == has_folder:
@@ -208,63 +161,13 @@ def build(
             "Connect pictures, or choose a folder" + (", not both" if linked else ""),
             found="both" if linked else "neither",
         )
-    notes: list[str] = []
-    if linked:
-        given = _from_link(pictures)
-        count = len(given)
-    else:
-        found = scan(folder_path(folder))
-        notes += found.notes
-        beside = [p.mask.name for p in found.pictures if p.mask is not None]
-        if masks is not None and beside:
-            notes.append(f"Masks are connected, so mask files are not used: {some(beside)}")
-            found = replace(found, pictures=tuple(replace(p, mask=None) for p in found.pictures))
-        given = read(found)
-        count = len(found.pictures)
-    if not count:
-        raise ConfigError("There are no pictures to train on")
-    lines = [line.strip() for line in captions or []]
-    while lines and not lines[-1]:
-        lines.pop()
-    if len(lines) > count:
-        raise ConfigError(
-            "There are more captions than pictures", found=len(lines), expected=f"{count} or fewer"
-        )
-    lines += [""] * (count - len(lines))
-    drawn = None if masks is None else _mask_pictures(masks)
-    if drawn is not None and len(drawn) not in (1, count):
-        raise ConfigError("The number of masks does not fit", found=len(drawn), expected=f"1 or {count}")
-    seen = hashlib.sha256()
-    kept: dict[str, tuple[Any, Any]] = {}
-
-    def complete() -> Iterator[Picture]:
-        for i, picture in enumerate(given):
-            if drawn is not None:
-                mask = spread(drawn[i % len(drawn)], picture.image.size)
-                picture = replace(picture, mask=mask, mask_is=CONNECTED)
-            if linked or drawn is not None:
-                kept[picture.name] = (picture.image, picture.mask)
-            for part in (picture.image, picture.mask):
-                seen.update(b"none" if part is None else f"{part.size}".encode() + part.tobytes())
-            yield replace(picture, caption=lines[i] or picture.caption)
-
-    records, remarks = data.make_records(
-        complete(),
-        resolution,
-        prompt=instance_prompt,
-        trigger=trigger,
-        step=bucket_step,
-        repeats=repeats,
-        flips=flips,
-        square=not buckets,
-    )
-    # Of a mask its pixels are in the digest, not where its file is.
-    plain = [{**asdict(r), "name": i // (2 if flips else 1)} for i, r in enumerate(records)]
-    for one in plain:
-        del one["mask"]
-    seen.update(json.dumps([plain, class_prompt.strip(), resolution]).encode())
-    return TrainingSet(
-        tuple(records), kept, class_prompt.strip(), trigger, resolution, seen.hexdigest(), (*notes, *remarks)
+    return gather(
+        pictures=_from_link(pictures) if linked else None,
+        folder=folder_path(folder) if has_folder else None,
+        masks=None if masks is None else _mask_pictures(masks),
+        mask_is=CONNECTED,
+        masks_are="connected",
+        **options,
     )
 
 
@@ -312,16 +215,6 @@ def contact_sheet(of: TrainingSet, most: int = 60) -> torch.Tensor:
         for row, text in enumerate([size, record.caption[:30], record.caption[30:60]]):
             pen.text((left + 4, top + TILE + 14 * row), text, fill=(220, 220, 220))
     return from_pillow(sheet)
-
-
-def to_pillow(image: torch.Tensor) -> Any:
-    """IMAGE without batch (h, w, 3), 0..1 -> Pillow."""
-    return Image.fromarray((image.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy())
-
-
-def from_pillow(picture: Any) -> torch.Tensor:
-    """Pillow -> IMAGE (1, h, w, 3)."""
-    return to_tensor(picture.convert("RGB")).unsqueeze(0)
 
 
 # --- the node -----------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import contextlib
 import io
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+
+from tqdm import tqdm
 
 from .adapter import load_adapter
 from .block_weights import BlockWeights
@@ -93,8 +94,15 @@ def _merge(args: argparse.Namespace) -> int:
     adapter = load_adapter(args.adapter, _options(args))
     if args.blocks.strip():
         adapter = replace(adapter, blocks=BlockWeights.parse(args.blocks))
-    bar = _Bar() if sys.stderr.isatty() else None
-    binding = merge_file(adapter, args.base, args.output, strength, dtype=args.dtype, progress=bar, allow_partial=args.allow_partial)
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        binding = merge_file(
+            adapter, args.base, args.output, strength, dtype=args.dtype, progress=progress, allow_partial=args.allow_partial
+        )
     merged = len(binding.matched) - len(binding.idle)
     print(f"{adapter.title} ({adapter.dialect}): {merged} of {len(adapter.entries)} layers merged into {args.output}")
     if binding.idle:
@@ -108,20 +116,3 @@ def _merge(args: argparse.Namespace) -> int:
     for module, reason in binding.unmatched.items():
         print(f"not applied: {printable(module)}: {printable(reason, 1000)}", file=sys.stderr)
     return 0
-
-
-class _Bar:
-    """A one-line progress bar on a terminal."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.shown = -1
-
-    def __call__(self, done: int, total: int) -> None:
-        percent = 100 * done // max(1, total)
-        if percent == self.shown:
-            return
-        self.shown = percent
-        left = (time.monotonic() - self.start) / max(1, done) * (total - done)
-        end = "\n" if done >= total else ""
-        print(f"\r[{'#' * (percent // 4):<25}] {percent:3d} %  {left:4.0f} s left", end=end, file=sys.stderr, flush=True)

@@ -44,6 +44,19 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
+class Words:
+    """What a host says of parts that it was not given.
+
+    model, text: the diffusion model, the text encoders.   alone, hint: where a file has layers for nothing else.
+    """
+
+    model: str = "the diffusion model (not given)"
+    text: str = "the text encoder (not given)"
+    alone: str = "This file has layers only for a part that was not given"
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
 class Placed:
     """An adapter's patches on a model, before anything is patched: part name -> (patch, its strength)."""
 
@@ -59,20 +72,21 @@ def place(
     also: Iterable[float] = (),
     *,
     index: Callable[[Shapes], NameIndex] = NameIndex,
+    words: Words = Words(),
 ) -> Placed:
     """Find the adapter's layers on the parts, give each its strength and check it; nothing is patched.
 
     at: part name -> strength.   also: factors that the strengths will have later, beside 1 and those of the
-    adapter's schedule.   index: makes the host's index of names from all parameters' shapes.
+    adapter's schedule.   index: makes the host's index of names from all parameters' shapes.   words: the host's own.
 
     Raises `ModelMismatch` if no layer of the file belongs to the given parts, `BlockError` for block strengths of
     blocks that the model does not have, and `StrengthError` if mode or strengths are not defined for the file.
     """
     given = {part.name for part in parts}
-    absent = _absent(adapter, given)
+    absent = _absent(adapter, given, words)
     # Where two parts share a name, it is the first one's.
     shapes = {key: shape for part in reversed(parts) for key, shape in part.shapes.items()}
-    binding, names = find(adapter, shapes, index, absent)
+    binding, names = find(adapter, shapes, index, absent, words)
     shares, about_blocks = _shares(adapter, binding, names, given)
 
     patches: dict[str, list[tuple[Patch, Strength]]] = {part.name: [] for part in parts}
@@ -138,13 +152,10 @@ def _about_schedule(schedule: Schedule, has_text: bool) -> str:
     return text + (" The text encoders keep theirs: they run before sampling." if has_text else "")
 
 
-def _absent(adapter: Adapter, given: set[str]) -> dict[str, str]:
+def _absent(adapter: Adapter, given: set[str], words: Words) -> dict[str, str]:
     """Components that the file has and that are not given, with words for them."""
-    words = {
-        c: "the text encoder (no CLIP given)" if c != "unet" else "the diffusion model (no MODEL given)"
-        for c in map(component, adapter.entries)
-    }
-    return {c: w for c, w in words.items() if ("model" if c == "unet" else "clip") not in given}
+    parts = {c: "model" if c == "unet" else "clip" for c in map(component, adapter.entries)}
+    return {c: words.model if p == "model" else words.text for c, p in parts.items() if p not in given}
 
 
 # --- layers -------------------------------------------------------------------------------------------------
@@ -160,10 +171,11 @@ def find(
     shapes: Shapes,
     index: Callable[[Shapes], NameIndex] = NameIndex,
     absent: Mapping[str, str] | None = None,
+    words: Words = Words(),
 ) -> tuple[Binding, NameIndex]:
     """The file's layers on a model's parameters, kept for the next strength, and the index of its names.
 
-    absent: components that the model is not expected to have, with words for them. Raises `ModelMismatch` if the
+    absent: components that the model is not expected to have, with words for them; words: for all of them. Raises `ModelMismatch` if the
     file is for something else.
     """
     # The layers, not the adapter: another text of block strengths makes another adapter with the same layers.
@@ -174,7 +186,7 @@ def find(
             return _bindings[key][1:]
     names = index(shapes)
     with normal_tensors():
-        binding = _bound(adapter, names, absent or {})
+        binding = _bound(adapter, names, absent or {}, words)
     with _bindings_lock:
         _bindings[key] = (adapter, binding, names)  # the adapter too, so that the id stays its layers' own
         while len(_bindings) > KEPT_BINDINGS:
@@ -204,14 +216,14 @@ def _called(family: str) -> str:
     return " or ".join(FAMILIES.get(kind, kind) for kind in _kinds(family))
 
 
-def _bound(adapter: Adapter, index: NameIndex, absent: Mapping[str, str]) -> Binding:
+def _bound(adapter: Adapter, index: NameIndex, absent: Mapping[str, str], words: Words) -> Binding:
     made_for, is_a = guess_family(adapter.entries), index.family
     if set(adapter.components) <= set(absent):
         raise ModelMismatch(
-            "This file has layers only for a part that the node was not given",
+            words.alone,
             file=adapter.path,
             found=", ".join(sorted(set(absent.values()))),
-            hint="Use Load OFT with both MODEL and CLIP connected.",
+            hint=words.hint,
         )
     hint = "Choose a file that was trained on this kind of model."
     try:

@@ -15,7 +15,7 @@ import comfy.patcher_extension
 
 from ...oft_core import Adapter, AdapterError, Patch, Schedule, Strength
 from ...oft_core import place as placing
-from ...oft_core.place import Placed
+from ...oft_core.place import Placed, Words
 from . import runtime, track
 from .names import HostIndex, Side, names_of, sides_of
 from .patch import Keeper, make_patches, patch_objects
@@ -23,6 +23,13 @@ from .plan import AUTO, Plan, plan, plan_for_hook
 from .turned import Entry
 
 log = logging.getLogger("oft")
+
+WORDS = Words(
+    model="the diffusion model (no MODEL given)",
+    text="the text encoder (no CLIP given)",
+    alone="This file has layers only for a part that the node was not given",
+    hint="Use Load OFT with both MODEL and CLIP connected.",
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,10 @@ class Applied:
 def place(
     adapter: Adapter, sides: list[Side], at_model: Strength, at_clip: Strength, also: Iterable[float] = ()
 ) -> Placed:
-    """`oft_core.place` with ComfyUI's own key tables beside our names. Raises what that raises."""
+    """`oft_core.place` with ComfyUI's own key tables beside our names, in the words of its nodes. Raises what that raises."""
     _, aliases = names_of(sides)
     at = {"model": at_model, "clip": at_clip}
-    return placing.place(adapter, sides, at, also, index=lambda shapes: HostIndex(shapes, aliases))
+    return placing.place(adapter, sides, at, also, index=lambda shapes: HostIndex(shapes, aliases), words=WORDS)
 
 
 def apply(

@@ -40,9 +40,9 @@ from ...oft_core.training import (
     TrainingError,
     checkpointing,
 )
+from ...oft_core.training.dataset import TrainingSet
 from ...oft_core.training.layers import plain_weight
 from ..binding import names, runtime
-from ..dataset import TrainingSet
 from .blocks import blocks_of, copied_input, inputs_kept, plain_attention
 from .mode import ordinary_, own_randomness
 from .store import Store, fingerprint

@@ -10,9 +10,9 @@ from typing import Any
 
 from ...oft_core.training import ConfigError, OFTConfig, TrainSettings
 from ...oft_core.training.data import filled
+from ...oft_core.training.dataset import TrainingSet
 from ...oft_core.training.presets import TRAIN_PRESETS
 from ...oft_core.training.selection import PRESETS as TARGETS
-from ..dataset import TrainingSet
 from .host import ENCODERS, T5, UNET, SamplePlan
 
 # What is trained of text encoders: the attention layers, as they are called in CLIP and in T5.

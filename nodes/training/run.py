@@ -26,10 +26,10 @@ from ...oft_core.adapter import load_adapter
 from ...oft_core.atomic import atomically, remove_partials
 from ...oft_core.training import ConfigError, Progress, Record, StateError, Trainer, TrainingError
 from ...oft_core.training.checkpoint import saved_states
+from ...oft_core.training.dataset import TrainingSet, from_pillow, to_pillow
 from ...oft_core.training.selection import Selection
 from ..binding import folders
 from ..binding.files import RUN, header, listed, new_file
-from ..dataset import TrainingSet, from_pillow, to_pillow
 from . import host, mode
 from .host import HostModel
 from .identity import file_hash, identity, model_file

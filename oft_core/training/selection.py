@@ -7,14 +7,11 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .errors import ConfigError
-
-if TYPE_CHECKING:
-    from .config import OFTConfig
+from .options import OFTOptions
 
 ALL_LINEAR, ALL_CONV = "all-linear", "all-conv"
 #: Layers to train by name, as regular expressions over module names of ComfyUI, diffusers and transformers models. text-attention:
@@ -72,7 +69,7 @@ class Selection:
     whether it matched a layer.
     """
 
-    config: OFTConfig
+    config: OFTOptions
     layers: list[LayerChoice]
     skipped: dict[str, str]
     modules_to_save: list[str]
@@ -125,7 +122,7 @@ class Selection:
         yield from self.config.remarks()
 
 
-def select(config: OFTConfig, model: nn.Module) -> Selection:
+def select(config: OFTOptions, model: nn.Module) -> Selection:
     """The layers of ``model`` that the settings rotate, each with its block size.
 
     Raises ConfigError if nothing matches, or if a chosen layer is of a kind that cannot be rotated.
@@ -174,7 +171,7 @@ def select(config: OFTConfig, model: nn.Module) -> Selection:
 class _Chooser:
     """How one configuration judges the layers of a model."""
 
-    def __init__(self, config: OFTConfig):
+    def __init__(self, config: OFTOptions):
         self.config = config
 
     def patterns(self, model: nn.Module, chosen: list[LayerChoice]) -> dict[tuple[str, str], bool]:
@@ -282,7 +279,7 @@ class _Chooser:
         )
 
 
-def _biases(config: OFTConfig, model: nn.Module, chosen: list[LayerChoice], saved: list[str]) -> list[str]:
+def _biases(config: OFTOptions, model: nn.Module, chosen: list[LayerChoice], saved: list[str]) -> list[str]:
     if config.bias == "none":
         return []
     if config.bias == "oft_only":

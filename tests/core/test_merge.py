@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -228,6 +229,17 @@ def test_merging_twice_keeps_the_history_and_undoes(files: tuple[Path, Path, Pat
 
 def failing(*args: object, **kw: object) -> None:
     raise RuntimeError("interrupted")
+
+def test_a_terminal_sees_how_far_a_merge_is(files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, base, out = files
+    shown = {}
+    for terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["merge", str(adapter), str(base), "-o", str(out), "--allow-partial"]) == 0
+        shown[terminal] = stream.getvalue()
+    assert "100%" in shown[True] and "100%" not in shown[False]
 
 
 def test_an_interrupted_merge_leaves_nothing_behind(files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from oft_core.training import ConfigError, Order, Record
+from oft_core.training import ConfigError, Order, Record, dataset
 from oft_core.training.data import (
     filled,
     folder_records,
@@ -20,7 +20,7 @@ from oft_core.training.data import (
     with_trigger,
 )
 from oft_core.training.folder import read_text, scan
-from oft_core.training.pictures import fitted, open_picture, to_tensor
+from oft_core.training.pictures import Picture, fitted, open_picture, to_tensor
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -423,3 +423,36 @@ def test_repeats():
     assert seen == {"often": 30, "rare": 10}
     with pytest.raises(ConfigError, match="no pictures"):
         Order([], 1, 0)
+
+
+def test_a_set_from_a_folder_or_from_pictures(tmp_path):
+    for i, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (96, 64), colour).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.txt").write_text("a green wall", "utf-8")
+    options = {"instance_prompt": "[trigger] wall", "trigger": "zwx", "resolution": 64, "bucket_step": 16}
+    of = dataset.build(folder=tmp_path, **options)
+    assert [r.caption for r in of.records] == ["zwx wall", "zwx, a green wall", "zwx wall"] and not of.pictures
+    image, mask = of.load(of.records[2])
+    assert image.shape == (*reversed(of.main_bucket), 3) and image[0, 0].tolist() == [0, 0, 1] and mask is None
+
+    given = [Picture(f"no {i}", f"no {i}", dataset.to_pillow(torch.full((64, 96, 3), i / 2))) for i in range(3)]
+    half = Image.new("L", (2, 2), 0)
+    half.paste(255, (0, 0, 1, 2))
+    kept = dataset.build(pictures=given, masks=[half], captions=["one", "", "three", ""], **options)
+    assert [r.caption for r in kept.records] == ["zwx, one", "zwx wall", "zwx, three"]
+    image, mask = kept.load(kept.records[1])
+    assert image.mean() == pytest.approx(128 / 255) and mask[0, 0] == 1 and mask[0, -1] == 0
+    assert dataset.from_pillow(given[2].image).shape == (1, 64, 96, 3)
+
+    again = dataset.build(pictures=given, masks=[half], captions=["one", "", "three"], **options)
+    other = dataset.build(pictures=given, masks=[half], captions=["one", "", "four"], **options)
+    assert again.digest == kept.digest != other.digest
+    noted = dataset.build(folder=tmp_path, masks=[half], **options)
+    Image.new("L", (96, 64), 255).save(tmp_path / "1-masklabel.png")
+    assert not [n for n in noted.notes if "masklabel" in n]
+    noted = dataset.build(folder=tmp_path, masks=[half], **options)
+    assert "Masks are given, so mask files are not used: 1-masklabel.png" in noted.notes
+    for wrong in ({}, {"folder": tmp_path, "pictures": given}, {"pictures": given, "captions": ["a"] * 4}, {"pictures": []},
+                  {"pictures": given, "masks": [half] * 2}, {"pictures": given, "masks": [Image.new("L", (2, 2), 0)]}):
+        with pytest.raises(ConfigError):
+            dataset.build(**wrong, **options)
