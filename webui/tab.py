@@ -109,7 +109,7 @@ def _choice(name: str, label: str, choices: Callable[[], list[str]]) -> gr.Dropd
     with gr.Row():
         found = choices()
         box = gr.Dropdown(label=label, choices=found, value=found[0] if found else None, elem_id=name)
-        again = gr.Button("Refresh", elem_id=f"{name}_refresh")
+        again = gr.Button("Refresh", elem_id=f"{name}_refresh", scale=0, min_width=110)
     again.click(fn=functools.partial(_looked, choices), inputs=[], outputs=[box])
     return box
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from .tags import Tag
 LABEL = "[OFT] "
 NONE = "None"
 _FIRST = re.compile(r"<oft:([^>]+)>")
+_IDLE = "An [OFT] axis changed nothing: the prompt has no <oft:…> tag, and no axis chooses a file."
 
 
 def register() -> None:
@@ -25,7 +27,7 @@ def register() -> None:
         return
     option = grid.AxisOption
     grid.axis_options += [
-        option(f"{LABEL}File", str, _set(_file), grid.format_value, _confirmed(_a_file), 0.5, lambda: [NONE, *_names()]),
+        option(f"{LABEL}File", str, _file, grid.format_value, _confirmed(_a_file), 0.5, lambda: [NONE, *_names()]),
         option(f"{LABEL}Strength", float, _set(lambda tag, value: replace(tag, te=value, unet=value)), grid.format_value_add_label),
         option(
             f"{LABEL}Mode", str, _set(lambda tag, value: replace(tag, mode=value)), grid.format_value, _confirmed(_a_mode), 0.0,
@@ -42,30 +44,41 @@ def _names() -> list[str]:
     return [file.name for file in files.all_files()]
 
 
-def _set(change: Callable[[Tag, Any], Tag | None]) -> Callable[[Any, Any, Sequence], None]:
-    """What an axis does with a picture to be drawn: the first tag in its prompts is changed."""
+def _set(change: Callable[[Tag, Any], Tag]) -> Callable[[Any, Any, Sequence], None]:
+    """What an axis does with a picture to be drawn: the first tag in its prompts is changed.
+
+    Where there is none, because the plot's File is None or is chosen by an axis that comes later, the change waits.
+    """
 
     def apply(p: Any, value: Any, values: Sequence) -> None:
-        p.prompt = _changed(p.prompt, lambda tag: change(tag, value))
-        if getattr(p, "hr_prompt", "") and _FIRST.search(p.hr_prompt):
-            p.hr_prompt = _changed(p.hr_prompt, lambda tag: change(tag, value))
+        if not _FIRST.search(p.prompt):
+            p.oft_waiting = [*getattr(p, "oft_waiting", ()), lambda tag: change(tag, value)]
+            if not getattr(p, "oft_no_file", False):
+                p.comment(_IDLE)
+        _rewrite(p, lambda tag: change(tag, value))
 
     return apply
 
 
-def _changed(prompt: str, change: Callable[[Tag], Tag | None]) -> str:
-    found = _FIRST.search(prompt)
-    tag = change(tags.parse(found[1].split(":")) if found else Tag(""))
-    text = "" if tag is None else str(tag)
-    if found is None:
-        if tag is not None and not tag.name:
-            raise RuntimeError("The prompt has no <oft:…> tag for this axis to change. Add one, or an axis [OFT] File.")
-        return prompt + text
-    return prompt[: found.start()] + text + prompt[found.end() :]
+def _file(p: Any, value: str, values: Sequence) -> None:
+    """The File axis: another name in the first tag, or no tag, or a tag where there was none."""
+    waiting = getattr(p, "oft_waiting", ())
+    p.oft_waiting, p.oft_no_file = [], value == NONE
+    p.comments.pop(_IDLE, None)
+    if value != NONE and not _FIRST.search(p.prompt):
+        p.prompt += str(functools.reduce(lambda tag, change: change(tag), waiting, Tag(value)))
+        return
+    _rewrite(p, lambda tag: None if value == NONE else replace(tag, name=value))
 
 
-def _file(tag: Tag, value: str) -> Tag | None:
-    return None if value == NONE else replace(tag, name=value)
+def _rewrite(p: Any, change: Callable[[Tag], Tag | None]) -> None:
+    def changed(found: re.Match[str]) -> str:
+        tag = change(tags.parse(found[1].split(":")))
+        return "" if tag is None else str(tag)
+
+    p.prompt = _FIRST.sub(changed, p.prompt, count=1)
+    if getattr(p, "hr_prompt", ""):
+        p.hr_prompt = _FIRST.sub(changed, p.hr_prompt, count=1)
 
 
 def _confirmed(check: Callable[[str], None]) -> Callable[[Any, Sequence[str]], None]:
