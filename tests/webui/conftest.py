@@ -89,7 +89,7 @@ class Web:
             monkeypatch.delitem(sys.modules, known)
         for root in (STANDIN / "common", STANDIN / name):
             monkeypatch.syspath_prepend(str(root))
-        self.name, self.monkeypatch = name, monkeypatch
+        self.name, self.monkeypatch, self.prefix = name, monkeypatch, PREFIX
         self.folder, self.loras = tmp / "models" / "OFT", tmp / "models" / "Lora"
         for path in (self.folder, self.loras):
             path.mkdir(parents=True, exist_ok=True)
@@ -137,6 +137,20 @@ class Web:
             forge_objects_after_applying_lora=objects.shallow_copy(), current_lora_hash="[]",
         )
 
+    def use_openclip(self) -> None:
+        """A1111's text encoder of SD2: torch's own attention, with queries, keys and values in one matrix."""
+        layers = {}
+        for i in range(2):
+            layers[f"resblocks.{i}.attn"] = nn.MultiheadAttention(32, 4)
+            layers[f"resblocks.{i}.mlp.c_fc"] = nn.Linear(32, 64)
+            layers[f"resblocks.{i}.ln_1"] = nn.LayerNorm(32)
+        self.text, self.prefix = _tree(layers, 3), {**PREFIX, "clip": "cond_stage_model.model.transformer."}
+        self.sd_model = self.modules.shared.sd_model = nn.Module()
+        self.sd_model.add_module("model", _nested(diffusion_model=self.unet))
+        encoder = _nested(model=_nested(transformer=self.text))
+        self.sd_model.add_module("cond_stage_model", _nested(wrapped=encoder))
+        save_file({k: v.clone() for k, v in self.weights().items()}, self.base)
+
     def before_batch(self) -> None:
         if self.name != "a1111":
             self.sd_model.forge_objects = self.sd_model.forge_objects_original.shallow_copy()
@@ -145,8 +159,10 @@ class Web:
     def draw(self, is_hr_pass: bool) -> dict[str, torch.Tensor]:
         """The weights that the model would run with now, by their keys in a checkpoint."""
         if self.name == "a1111":
+            # What torch's attention has inside never runs on its own, and so is not asked.
+            inside = {id(m.out_proj) for m in self.sd_model.modules() if isinstance(m, nn.MultiheadAttention)}
             for module in self.sd_model.modules():
-                if isinstance(module, self.networks.KINDS):
+                if isinstance(module, self.networks.KINDS) and id(module) not in inside:
                     self.networks.network_apply_weights(module)
             return self.weights()
         # The first pass encodes with what is in place after the LoRAs, the second with what is there already.
@@ -167,7 +183,7 @@ class Web:
                 if online:
                     merge = importlib.import_module("backend.patcher.lora").merge_lora_to_weight
                     weight = merge(online, weight, computation_dtype=weight.dtype)
-                out[PREFIX[part] + key] = weight.detach().clone()
+                out[self.prefix[part] + key] = weight.detach().clone()
         return out
 
     def picture(self, prompt: str, hr_prompt: str | None = None, **more):

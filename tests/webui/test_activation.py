@@ -197,3 +197,25 @@ def test_in_place_of_what_the_host_made_of_it(web):
     web.lora("koala")  # the host knows something of this name too
     web.modules.shared.opts.data["oft_lora_tags"] = True
     assert close(web.drawn("<lora:koala:1>"), web.merged((path,)))
+
+
+def test_a1111_turns_torchs_own_attention(web_of):
+    web = web_of("a1111")
+    web.use_openclip()
+    path = web.folder / "clip.safetensors"
+    random, width = torch.Generator().manual_seed(4), 32
+    tensors = {}
+    for i in range(2):
+        for name, rows in (("self_attn_q_proj", width), ("self_attn_v_proj", width), ("self_attn_out_proj", width), ("mlp_fc1", 64)):
+            if (i, name) != (1, "self_attn_v_proj"):  # not every third has to be there
+                layer = f"lora_te_text_model_encoder_layers_{i}_{name}"
+                tensors[f"{layer}.oft_blocks"] = torch.randn(rows // 8, 8, 8, generator=random) * 0.1
+                tensors[f"{layer}.alpha"] = torch.tensor(0.0)
+    save_file(tensors, path, {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "diag-oft"}'})
+    base = web.drawn(PROMPT)
+    merged = web.merged((path,))
+    changed = {key for key, value in merged.items() if not torch.equal(value, base[key].float())}
+    assert "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight" in changed
+    assert close(web.drawn("<oft:clip:1>"), merged)
+    assert close(web.drawn("<oft:clip:1><oft:clip:-0.5>"), web.merged((path, 1.0), (path, -0.5)))
+    assert equal(web.drawn(PROMPT), base)

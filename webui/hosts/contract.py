@@ -13,12 +13,14 @@ from ..tags import Tag
 #: What every web UI has, module -> names. The hosts' own files list theirs as ``TOUCHES``.
 COMMON: Mapping[str, tuple[str, ...]] = {
     "modules.cache": ("cached_data_for_file",),
+    "modules.call_queue": ("wrap_gradio_gpu_call",),
     "modules.extra_networks": ("ExtraNetwork", "register_extra_network"),
     "modules.paths": ("models_path",),
     "modules.script_callbacks": (
         "on_app_started", "on_before_ui", "on_infotext_pasted", "on_ui_settings", "on_ui_tabs",
     ),
-    "modules.scripts": ("AlwaysVisible", "Script"),
+    "modules.scripts": ("AlwaysVisible", "Script", "scripts_data"),
+    "modules.sd_models": ("checkpoints_list", "list_models"),
     "modules.shared": ("OptionInfo", "cmd_opts", "opts", "state"),
     "modules.ui_extra_networks": ("ExtraNetworksPage", "quote_js", "register_page"),
     "modules.ui_extra_networks_user_metadata": ("UserMetadataEditor",),

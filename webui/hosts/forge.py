@@ -35,6 +35,8 @@ def _turn(weight: torch.Tensor, strength: float, change: Change) -> torch.Tensor
 TOUCHES = {
     "backend.args": ("dynamic_args",),
     "backend.memory_management": ("cast_to_device",),
+    "backend.operations_bnb": ("functional_dequantize_4bit",),
+    "backend.operations_gguf": ("dequantize_tensor",),
     "backend.patcher.lora": ("extra_weight_calculators", "LoraLoader", "merge_lora_to_weight"),
     "backend.patcher.base": ("ModelPatcher",),
     "backend.utils": ("get_attr",),

@@ -1,0 +1,2 @@
+def functional_dequantize_4bit(weight):
+    return weight.dequantized

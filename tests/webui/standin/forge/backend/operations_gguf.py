@@ -1,0 +1,2 @@
+def dequantize_tensor(tensor):
+    return tensor.dequantized
