@@ -110,6 +110,18 @@ def test_each_pass_has_its_own_tags(web):
     assert p.extra_generation_params["OFT hashes"].startswith("koala: ")
 
 
+def test_each_pass_has_its_own_order(web):
+    one, two = web.oft("one", seed=1), web.oft("two", seed=2)
+    (first, hires), _ = web.picture("<oft:one:1><oft:two:1>", "<oft:two:1><lora:none:1><oft:one:1>")
+    assert close(first, web.merged((one,), (two,))) and close(hires, web.merged((two,), (one,)))
+    delta = web.lora("ink")
+    base = web.drawn(PROMPT)
+    (first, hires), _ = web.picture("<lora:ink:1><oft:one:1>", "<oft:one:1><lora:ink:1>")
+    assert close(hires, _added(web.merged((one,)), delta))
+    save_file({k: v.contiguous() for k, v in _added(base, delta).items()}, web.base)
+    assert close(first, web.merged((one,)))
+
+
 def test_batches_and_series(web):
     path = web.oft("koala")
     drawn, _ = web.picture("<oft:koala:1>", batch_size=2, n_iter=3)
