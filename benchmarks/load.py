@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from oft_core import NameIndex, Strength, build_all, describe, load_adapter
 
-PHASES = ("load", "report", "build", "apply")
+PHASES = ("load", "report", "bind", "build", "apply")
 
 
 def sdxl() -> dict[str, tuple[int, int]]:
@@ -108,7 +108,7 @@ def ours(file: Path, weights: dict[str, Tensor], clock: Clock) -> None:
     strength = Strength()
     adapter = clock("load", lambda: load_adapter(file))
     clock("report", lambda: describe(adapter).to_text())
-    patches = adapter.bind(NameIndex({k: w.shape for k, w in weights.items()})).patches
+    patches = clock("bind", lambda: adapter.bind(NameIndex({k: w.shape for k, w in weights.items()})).patches)
     built = clock("build", lambda: build_all([p.op for p in patches], strength))
 
     def apply() -> None:

@@ -30,7 +30,7 @@ from .formats import (
     reader,
     what_is_it,
 )
-from .formats.common import Piece
+from .formats.common import Maker, Piece
 from .layer import Built, Diff, LayerRotation, build_all
 from .names import DECLARED, NameIndex, Target, component, declared_family, guess_family, loose_clip
 from .schedule import Schedule
@@ -46,6 +46,7 @@ class Entry:
     dialect: str
     #: Which CLIP a name without a prefix is for: te1, or te2 in a file that has a CLIP-G's layers.
     clip: str = "te1"
+    _maker: Maker | None = field(default=None, repr=False, compare=False)
     _pieces: dict[tuple[int, ...] | None, list[Piece]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -54,7 +55,9 @@ class Entry:
 
     def make(self, shape: Sequence[int] | None) -> list[Piece]:
         """What to do with a weight of this shape (None: not known, a plain Linear layer). Raises the reader's errors."""
-        return reader(self.source, self.dialect)(shape)
+        if self._maker is None:  # what it has computed from the numbers serves every shape
+            self._maker = reader(self.source, self.dialect)
+        return self._maker(shape)
 
     def pieces(self, shape: Sequence[int] | None) -> list[Piece]:
         """The same, kept with what its rotations have computed, so that a file that stays in memory answers at once for another

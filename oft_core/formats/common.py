@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..errors import FormatError, ShapeError
 from ..layer import Diff, LayerRotation
-from ..rotation import block_size_of, pack_skew
+from ..rotation import block_size_of
+from ..tensors import normal_tensors
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,21 @@ def series_terms(number: float | None, context: Context) -> int:
     return 5 if number is None else int(number)
 
 
-def skew_pack(a: Tensor, half: bool = False) -> Tensor:
-    """Stored square blocks A (..., b, b) -> packed A - A^T, or (A - A^T)/2 if ``half``."""
-    return pack_skew(a - a.transpose(-1, -2)) * (0.5 if half else 1.0)
+def skew_pack(a: Tensor, by: float = 1.0) -> Tensor:
+    """Stored square blocks A (..., b, b) -> packed by * (A - A^T), float32 (..., b(b-1)/2)."""
+    b = a.shape[-1]
+    flat = a.reshape(-1, b * b)
+    upper, lower = _triangles(b)
+    packed = flat.index_select(1, upper).sub_(flat.index_select(1, lower))
+    return (packed if by == 1 else packed.mul_(by)).view(*a.shape[:-2], len(upper))
+
+
+@functools.lru_cache(32)
+def _triangles(b: int) -> tuple[Tensor, Tensor]:
+    """Where the entries above the diagonal of a flat block stand, row by row, and those that mirror them."""
+    with normal_tensors():
+        i, j = torch.triu_indices(b, b, 1)
+        return i * b + j, j * b + i
 
 
 def scaled(packed: Tensor, by: float) -> Tensor:

@@ -65,7 +65,7 @@ def rotates_bias(context: Context) -> bool:
 def blocks_rotation(module: Module, blocks: Tensor, smooth: bool) -> LayerRotation:
     """(n, b, b) blocks on the output side, M = cayley(A - A^T)^T, limited by alpha times output size."""
     n, b = blocks.shape[0], blocks.shape[-1]
-    packed = -skew_pack(blocks).unsqueeze(0)
+    packed = skew_pack(blocks, -1.0).unsqueeze(0)
     constraint, alpha = limit_for(module, packed, n * b, smooth)
     return LayerRotation("out", b, n, generator=packed, constraint=constraint, core_alpha=alpha)
 

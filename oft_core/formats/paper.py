@@ -19,7 +19,7 @@ def read_f15(module: Module) -> Maker:
     if a.ndim != 3 or a.shape[-1] != a.shape[-2] or a.numel() == 0:
         raise module.shape_error("'R' must hold square blocks", tuple(a.shape), "(r, b, b) or (b, b)")
     stored, b = a.shape[0], a.shape[-1]
-    packed = -skew_pack(a, half=True).unsqueeze(0)
+    packed = skew_pack(a, -0.5).unsqueeze(0)
     limit = None
     if module.number("oft_is_coft"):
         eps = module.context.limit("oft_eps", module.number("oft_eps"))

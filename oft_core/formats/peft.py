@@ -51,7 +51,7 @@ def read_f6(module: Module) -> Maker:
     """F6 (PEFT 0.7-0.13): ``oft_r`` (r, d, d) on the output side, M = cayley((A - A^T)/2); the last block may be cut."""
     a = module.blocks("oft_r")
     stored, d = a.shape[0], a.shape[-1]
-    packed = skew_pack(a, half=True).unsqueeze(0)
+    packed = skew_pack(a, 0.5).unsqueeze(0)
     eps = coft(module.context)
 
     def make(shape: Sequence[int] | None) -> list[Piece]:
@@ -76,7 +76,7 @@ def read_f7(module: Module) -> Maker:
     """F7 (PEFT 0.14-0.15): ``oft_r`` (r, b, b) on the input side, W cayley((A - A^T)/2), rows times ``oft_s``."""
     a = module.blocks("oft_r")
     stored, b = a.shape[0], a.shape[-1]
-    packed = -skew_pack(a, half=True).unsqueeze(0)
+    packed = skew_pack(a, -0.5).unsqueeze(0)
     rows = module.row_factors("oft_s")
     eps = coft(module.context)
 
@@ -149,7 +149,7 @@ def read_f10(module: Module) -> Maker:
     """F10 (PEFT BOFT): ``boft_R`` (factors, n, b, b) on the input side, M = product of cayley(-(A - A^T)/2), rows times ``boft_s``."""
     a = module.butterfly("boft_R", False)
     _, n, b, _ = a.shape
-    packed = -skew_pack(a, half=True)
+    packed = skew_pack(a, -0.5)
     factors = module.row_factors("boft_s") if "boft_s" in module else None
     choice = module.context.options.boft_conv
     old = choice == "old" or choice == "auto" and "boft_P" in module

@@ -140,7 +140,7 @@ def test_angle_of_lam_and_back() -> None:
 
 
 @pytest.mark.parametrize("b", [2, 16, 32, 65, 256, 257])
-@pytest.mark.parametrize("size", [1e-6, 0.3, 0.95, 1.0, 30.0])
+@pytest.mark.parametrize("size", [1e-6, 0.3, 0.377, 0.379, 0.95, 1.0, 30.0])
 def test_cayley_in_float32_is_the_rounded_one(b: int, size: float) -> None:
     """A few blocks far out among near ones: each goes its own way."""
     q = skew(3, b, size) * torch.tensor([1.0, 0.5, 0.01], dtype=torch.float64).view(3, 1, 1)
