@@ -18,6 +18,7 @@ from . import blocks as multiply
 from .constraint import Strength
 from .errors import ShapeError
 from .layer import Built, Diff, Factors, LayerRotation
+from .tensors import moved
 
 # -------------------------------------------------------------------- maps of one axis
 
@@ -98,7 +99,7 @@ def terms_of(
     if s == 0:
         return [Term()]
     if isinstance(op, Diff):
-        delta = op.delta.to(device, torch.float32).flatten(1)
+        delta = moved(op.delta, device, torch.float32).flatten(1)
         return [Term(1 - s if op.whole else 1.0, delta=delta, delta_gain=s)]
     if op.memory_view:
         raise ShapeError("A rotation of the weight's memory is not one of activations")
@@ -110,7 +111,7 @@ def terms_of(
     scale = None if across is None else AxisMap((across,))
     inward, outward = (scale, turn) if op.side == "out" else (turn, scale)
     if delta is not None:
-        delta = delta.to(device, torch.float32).flatten(1)
+        delta = moved(delta, device, torch.float32).flatten(1)
         share = strength.value if straight else 1.0
         terms = [Term(share, inward, outward, delta, share * gain)]
         return terms if share == 1 else [Term(1 - share), *terms]

@@ -12,6 +12,7 @@ from . import blocks as multiply
 from .build import Built
 from .constraint import Strength
 from .errors import ShapeError
+from .tensors import moved
 
 if TYPE_CHECKING:
     from .layer import LayerRotation
@@ -56,7 +57,7 @@ def apply_layer_(
 def _apply_added_(layer: LayerRotation, weight: Tensor, strength: Strength, built: Built) -> None:
     """DoKr-OFT: rotate the sum of weight and difference. The only form that needs a full-size float32 copy."""
     s = strength.value
-    delta = layer.added.to(weight.device, torch.float32).reshape(weight.shape)
+    delta = moved(layer.added, weight.device, torch.float32).reshape(weight.shape)
     if strength.mode == "linear":
         work = weight.float() + delta
         _multiply_(layer, work, built, _row_factors(layer, work, None), Strength())
@@ -80,11 +81,11 @@ def row_factors(layer: LayerRotation, norm: Tensor | None, device: torch.device 
     """
     if layer.row_scale is None:
         return None
-    rows = layer.row_scale.to(device, torch.float32)
+    rows = moved(layer.row_scale, device, torch.float32)
     if layer.norm_of:
         if norm is None:
             raise ShapeError("The row norms of the unpatched weight are needed for this layer (dora_scale)")
-        rows = rows / norm.to(device, torch.float32).clamp_min(1e-12)
+        rows = rows / moved(norm, device, torch.float32).clamp_min(1e-12)
     return rows
 
 
@@ -99,8 +100,8 @@ def _multiply_(layer: LayerRotation, weight: Tensor, built: Built, rows: Tensor 
 def factors_of(layer: LayerRotation, built: Built, rows: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
     """What the rotation at a strength multiplies with. rows: the factors at strength 1 of ``row_factors``."""
     s, mode = strength.value, strength.mode
-    cols = None if layer.col_scale is None else layer.col_scale.to(device, torch.float32)
-    matrices = built.matrices.to(device)
+    cols = None if layer.col_scale is None else moved(layer.col_scale, device, torch.float32)
+    matrices = moved(built.matrices, device)
     stages = [matrices[i] for i in built.order]
     mix: float | None = None
     inverse = False

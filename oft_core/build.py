@@ -16,6 +16,7 @@ from .limits import limits_product, multiplier
 from .planes import matrices_from_planes
 from .rotation import LARGE_LAM, cayley_float, matrices, unpack_skew
 from .spectra import dense, lam_bound, part_size
+from .tensors import moved
 from .threads import spread
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _build_alone(layer: LayerRotation, strength: Strength, device: torch.device)
     if as_product(layer, strength):
         return _product_power(layer, strength, device), True
     if layer.kind == "matrix" and directly(layer, strength):
-        return layer.matrix.to(device), False
+        return moved(layer.matrix, device), False
     # In mode linear the strength mixes weights afterwards; the matrix is that of strength 1.
     at = replace(strength, value=1.0) if strength.mode == "linear" else strength
     return matrices_from_planes(layer, at, device), False
@@ -89,7 +90,7 @@ def _build_together(
     block, kind, terms = layers[0].block, layers[0].kind, layers[0].terms
     large = _is_large(layers[0], scaled)
     limit = [(multiplier(op, strength, device) * scaled).expand(op.stages, op.stored).reshape(-1, 1, 1) for op in layers]
-    packed = [op.generator.to(device).flatten(0, 1) for op in layers]
+    packed = [moved(op.generator, device).flatten(0, 1) for op in layers]
     flat, scale = (t[0] if len(t) == 1 else torch.cat(t) for t in (packed, limit))
     result = torch.empty(flat.shape[0], block, block, dtype=torch.float32, device=device)
     # In parts that fit the cache, so that the float64 copies stay small.

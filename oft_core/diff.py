@@ -12,6 +12,7 @@ from torch import Tensor
 from . import blocks as multiply
 from .constraint import Strength
 from .errors import ShapeError, ValueFault
+from .tensors import moved
 
 #: Numbers of factors, differences and matrices from which on a weight at strength 2 may leave float32.
 LARGEST_FACTOR = 1e9
@@ -58,7 +59,7 @@ class Diff:
 
     def apply_(self, weight: Tensor, strength: Strength, *, rotation: None = None, base_row_norm: Tensor | None = None) -> None:
         """weight += s * delta, or s * (delta - weight) for whole values, in place, float32 arithmetic."""
-        delta = self.delta.to(weight.device, torch.float32).reshape(weight.shape)
+        delta = moved(self.delta, weight.device, torch.float32).reshape(weight.shape)
         if self.whole:
             changed = torch.lerp(weight.float(), delta, strength.value)
         else:

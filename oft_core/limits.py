@@ -12,6 +12,7 @@ from torch import Tensor
 from .constraint import Constraint, Strength
 from .rotation import lambda_bounds, transform
 from .spectra import lam_of, largest_lam, portions
+from .tensors import moved
 
 if TYPE_CHECKING:
     from .layer import LayerRotation
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def multiplier(layer: LayerRotation, strength: Strength, device: torch.device | str) -> Tensor:
     """Multiplier of the raw generator before the strength, float64, broadcastable to (stages, stored)."""
     if strength.mode == "core":
-        return core_constraint(layer).factor().to(device)
+        return moved(core_constraint(layer).factor(), device)
     one = torch.ones((), dtype=torch.float64, device=device)
     if strength.coft == "off" or layer.kind == "matrix":
         return one
@@ -29,7 +30,7 @@ def multiplier(layer: LayerRotation, strength: Strength, device: torch.device | 
     held = abs(strength.value) if strength.coft == "hold" and strength.mode != "linear" else 1.0
     factor = one
     if layer.constraint is not None:
-        factor = layer.constraint.factor(held).to(device)
+        factor = moved(layer.constraint.factor(held), device)
     if layer.clip is not None:
         lam = largest_lam(layer, device) * held * factor
         factor = factor * (layer.clip / lam.clamp_min(1e-30)).clamp_max(1.0)
