@@ -5,15 +5,14 @@
     models       folder of the tiny model files that the server lists
     oft_dir      where to put adapter files: listed by our loader at once
     make_server  start a further server with other options: make_server(extra_args=[...])
-    comfy        ComfyUI imported into this process (CPU), for tests of single functions
-    pack         our pack imported into this process as ComfyUI would: pack.nodes, pack.oft_core
+    pack         our pack and ComfyUI (CPU) imported into this process: pack.nodes, pack.oft_core
+    comfy        the `comfy` package of it, for tests of single functions
 
 `python dev/run.py test` sets OFT_HOST_DIR; without it these tests are skipped.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -23,9 +22,8 @@ import pytest
 
 from dev.client import Client
 from dev.host import cache_dir, ensure_models
+from dev.inprocess import start
 from dev.server import ComfyServer
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -76,28 +74,15 @@ def make_server(host_dir: Path, models: Path, tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def comfy(host_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The `comfy` package on CPU. Its folders are in a temporary place, and no server is created."""
-    sys.path.insert(0, str(host_dir))
-    from comfy.cli_args import args
+def pack(host_dir: Path) -> ModuleType:
+    return start(host_dir)
 
-    args.cpu = True
-    args.base_directory = str(tmp_path_factory.mktemp("comfy"))
+
+@pytest.fixture(scope="session")
+def comfy(pack: ModuleType) -> ModuleType:
     import comfy
     import comfy.model_management
     import comfy.model_patcher
     import comfy.sd
 
     return comfy
-
-
-@pytest.fixture(scope="session")
-def pack(comfy: ModuleType) -> ModuleType:
-    name = "comfyui_oft_under_test"
-    spec = importlib.util.spec_from_file_location(
-        name, REPO / "__init__.py", submodule_search_locations=[str(REPO)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
