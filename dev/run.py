@@ -48,6 +48,10 @@ def run_tests(host: Host, pytest_args: list[str]) -> int:
     # Paths among the arguments choose what runs; without any it is everything.
     if not any(a.startswith("tests") for a in pytest_args):
         command.append("tests")
+    if not pytest_args and (os.cpu_count() or 1) > 1:
+        # Everything, in two processes (each has a ComfyUI of its own), the order being that of tests/conftest.py. Choices
+        # start sooner in one.
+        command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=15"]
     return subprocess.call([*command, *pytest_args], cwd=REPO, env=env) or ruff
 
 

@@ -25,6 +25,17 @@ class _RepoPackages:
 sys.meta_path.insert(0, _RepoPackages)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that two processes end together: pages in a browser, then those with a server or a training."""
+
+    def place(item: pytest.Item) -> int:
+        if item.path.name in ("test_host_page.py", "test_page.py"):
+            return 0
+        return 1 if item.path.parent.name in ("host", "inhost") else 2
+
+    items.sort(key=place)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if os.environ.get("OFT_RUFF_FAILED"):
         terminalreporter.write_line(

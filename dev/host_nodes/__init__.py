@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
-from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
@@ -92,11 +90,7 @@ class TinyPacked:
     CATEGORY = "_for_testing/tiny"
 
     def load(self, family):
-        # The folder is linked into the host; the stand-in lies with the tests that share it.
-        scripts = Path(__file__).resolve().parents[2] / "tests" / "host" / "scripts"
-        if str(scripts) not in sys.path:
-            sys.path.append(str(scripts))
-        import gguf_layers
+        from . import gguf_layers
 
         return (gguf_layers.make_model(families, family)[0],)
 
