@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import comfy.ldm.common_dit
 import comfy.ldm.modules.attention
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ...oft_core.training.roles import ATTENTION, roles
 
@@ -26,13 +25,11 @@ class InputCopies:
 
     Host code adds to hidden states in place, which would destroy what they have kept of them for the backward pass;
     where a block is computed a second time, without any error. Layers that read the same states one after another
-    (queries, keys, values) share one copy. An instance is a forward pre-hook for modules; inside `of_functions`, norms
-    that are called without a module get copies too.
+    (queries, keys, values) share one copy. An instance is a forward pre-hook for modules.
     """
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref, int, weakref.ref] | None = None
-        self._inside = threading.local()
 
     def copied(self, given: Any) -> Any:
         if not (torch.is_grad_enabled() and isinstance(given, torch.Tensor) and given.is_floating_point()):
@@ -50,46 +47,28 @@ class InputCopies:
 
     @contextlib.contextmanager
     def of_functions(self) -> Iterator[None]:
-        """Anew in every block that is computed a second time: that may happen in a thread of its own."""
-        if getattr(self._inside, "active", False):
-            yield
-            return
-        self._inside.active = True
+        """Inside, the norm that ComfyUI's models call without a module gets copies too."""
+        plain = comfy.ldm.common_dit.rms_norm
+
+        def rms_norm(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return plain(self.copied(x), *args, **kwargs)
+
+        comfy.ldm.common_dit.rms_norm = rms_norm
         try:
-            with _Norms(self.copied):
-                yield
+            yield
         finally:
-            self._inside.active = False
-
-
-class _Norms(TorchFunctionMode):
-    """Passes the first argument of norm functions through `copied`."""
-
-    # rms_norm is of torch 2.4.
-    FUNCTIONS = frozenset(
-        getattr(owner, name, None) for owner in (torch, nn.functional) for name in ("layer_norm", "rms_norm")
-    )
-
-    def __init__(self, copied: Callable[[Any], Any]):
-        super().__init__()
-        self.copied = copied
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func in self.FUNCTIONS and args:
-            args = (self.copied(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+            comfy.ldm.common_dit.rms_norm = plain
 
 
 @contextlib.contextmanager
-def inputs_kept(blocks: Sequence[nn.Module], copies: InputCopies) -> Iterator[None]:
+def inputs_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Blocks work on copies of their inputs: some add to them in place, and computing such a block a second time
     would then start from other numbers, without any error.
     """
 
     def kept(forward: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with copies.of_functions():
-                return forward(*map(_copy, args), **{k: _copy(v) for k, v in kwargs.items()})
+            return forward(*map(_copy, args), **{k: _copy(v) for k, v in kwargs.items()})
 
         return run
 

@@ -143,7 +143,6 @@ class HostModel:
         self.objective: Objective | None = None
         self._found: Foreseen | None = None
         self._turned: set[int] = set()
-        self._copies = InputCopies()
         self.index = None
         self._store: Store | None = None
         self._of_vae = self._of_clip = ""
@@ -380,8 +379,7 @@ class HostModel:
 
     def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conds: list[dict[str, Any]]) -> torch.Tensor:
         options = {"optimized_attention_override": plain_attention}
-        with self._copies.of_functions():
-            return self.base.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat(conds))
+        return self.base.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat(conds))
 
     def _cond(self, text: str, like: torch.Tensor, sigma: torch.Tensor) -> dict[str, Any]:
         """What the model is told for one text and picture size; `like`: one latent."""
@@ -406,7 +404,7 @@ class HostModel:
     def around(self) -> Iterator[None]:
         """Gradient checkpointing of the model's blocks, and copies where its code works in place."""
         roots = [self.net, *([self.encoders] if self.train_encoders else [])]
-        copies = self._copies
+        copies = InputCopies()
         blocks = [b for root in roots for b in blocks_of(root)] if self.low_vram != "off" else []
         handles = []
         try:
@@ -416,7 +414,7 @@ class HostModel:
                     for m in root.modules()
                     if id(m) in self._turned or "norm" in type(m).__name__.lower() and not isinstance(m, nn.GroupNorm)
                 ]
-            with inputs_kept(blocks, copies), checkpointing(blocks):
+            with copies.of_functions(), inputs_kept(blocks), checkpointing(blocks):
                 yield
         finally:
             for handle in handles:
