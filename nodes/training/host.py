@@ -318,10 +318,14 @@ class HostModel:
         return runtime.as_turned((self.base, self.encoders), module, weight)
 
     @property
+    def kind(self) -> str:
+        """The host's name of this kind of model."""
+        return type(self.base.model_config).__name__
+
+    @property
     def usual_cfg(self) -> float:
-        """CFG of sample pictures: none for models that have guidance built in, or were distilled to do without."""
-        distilled = type(self.base.model_config).__name__ == "FluxSchnell"
-        return 1.0 if distilled or getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
+        """CFG of sample pictures: none for models that have guidance built in."""
+        return 1.0 if getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
 
     @property
     def loss_scale(self) -> float:
