@@ -174,7 +174,7 @@ def fill_(name: str, tensor: torch.Tensor, seed: int = 0) -> torch.Tensor:
         tensor.copy_(0.01 * noise if name.endswith("bias") else 1.0 + 0.02 * noise)
     elif name.endswith("text_projection.weight") and tensor.shape[0] == tensor.shape[1]:
         tensor.copy_(torch.eye(tensor.shape[0]))
-    elif name.endswith(("embedding.weight", "shared.weight")):
+    elif tensor.ndim == 2 and name.endswith(("embedding.weight", "shared.weight")):
         # Tables are the largest tensors and only need to be varied: repeat a tile of rows.
         scale = 0.02 if "position" in name else 0.5
         tile = torch.randn((min(1021, tensor.shape[0]), tensor.shape[1]), generator=generator) * scale
