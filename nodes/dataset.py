@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 from ..oft_core.training import ConfigError
 from ..oft_core.training.dataset import TrainingSet, from_pillow, to_pillow
 from ..oft_core.training.dataset import build as gather
+from ..oft_core.training.filenames import inside
 from ..oft_core.training.folder import scan
 from ..oft_core.training.pictures import Picture
 from . import compat
-from .binding.files import inside
 
 CATEGORY = "OFT"
 NO_FOLDER = "(none)"

@@ -22,9 +22,10 @@ from ..oft_core.formats.write import WRITERS
 from ..oft_core.listed import CONFIG
 from ..oft_core.tensors import normal_tensors
 from ..oft_core.training import ConfigError
+from ..oft_core.training.filenames import RUN
 from . import compat
 from .binding import folders, names
-from .binding.files import RUN, listed, new_file
+from .binding.files import listed, new_file
 from .inputs import CATEGORY, OFTAdapter
 
 AS_IS = "as it is"

@@ -14,10 +14,10 @@ from ..oft_core import MODES, Adapter, AdapterError, StackError, Strength
 from ..oft_core.errors import printable
 from ..oft_core.stack import Share, blend, holds_oft
 from ..oft_core.tensors import normal_tensors
+from ..oft_core.training.filenames import inside
 from . import compat, inputs
 from .binding import folders, names
 from .binding.apply import apply, patched, place
-from .binding.files import inside
 from .binding.plan import AUTO, plan
 
 OFTStackType = io.Custom("OFT_STACK")

@@ -8,13 +8,14 @@ import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..oft_core.training import OPTIMIZERS, SCHEDULES, ConfigError, OFTConfig, TrainSettings
+from ..oft_core.training.plan import LOW_VRAM, make_config, make_plan
 from ..oft_core.training.presets import TRAIN_PRESETS
+from ..oft_core.training.run import loss_curve
 from . import compat
 from .dataset import CATEGORY, OFTDataset
 from .inputs import OFTAdapter
-from .training import host, mode
-from .training.plan import make_config, make_plan
-from .training.run import Run, loss_curve
+from .training import mode
+from .training.run import Run
 
 OFTTrainConfig = io.Custom("OFT_TRAIN_CONFIG")
 COFT = ("off", "angle", "eps")
@@ -266,7 +267,7 @@ class OFTTrain(io.ComfyNode):
                 entry(io.String.Input, "sample_prompts", default="", multiline=True),
                 entry(io.Int.Input, "sample_every", default=100, min=0, max=100000),
                 entry(io.Int.Input, "save_every", default=200, min=0, max=100000),
-                entry(io.Combo.Input, "low_vram", options=list(host.LOW_VRAM), default="checkpointing"),
+                entry(io.Combo.Input, "low_vram", options=list(LOW_VRAM), default="checkpointing"),
                 entry(io.Boolean.Input, "resume", default=True),
                 entry(io.String.Input, "name", default="training/subject"),
                 OFTTrainConfig.Input("config", optional=True, tooltip=TIPS["config"]),

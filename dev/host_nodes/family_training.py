@@ -14,9 +14,10 @@ from comfyui_oft.nodes.binding import apply as host
 from comfyui_oft.nodes.binding import folders
 from comfyui_oft.nodes.training import mode
 from comfyui_oft.nodes.training.host import HostModel
-from comfyui_oft.nodes.training.plan import make_config, make_plan
-from comfyui_oft.nodes.training.run import Outcome, Run
+from comfyui_oft.nodes.training.run import Run
 from comfyui_oft.oft_core import Adapter, Strength
+from comfyui_oft.oft_core.training.plan import make_config, make_plan
+from comfyui_oft.oft_core.training.run import Outcome
 from every_family import Family, PictureStandIn
 from safetensors.torch import load_file
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,48 +36,27 @@ from ...oft_core.training import (
     OFTConfig,
     Record,
     RotationBank,
-    TrainingError,
     checkpointing,
 )
+from ...oft_core.training.blocks import InputCopies, blocks_of, copies_for_norms, inputs_kept
 from ...oft_core.training.dataset import TrainingSet
 from ...oft_core.training.layers import plain_weight
+from ...oft_core.training.plan import ENCODERS, LOW_VRAM, T5, UNET, SamplePlan
+from ...oft_core.training.run import need_finite
+from ...oft_core.training.seeds import own_randomness
+from ...oft_core.training.store import Store, fingerprint
 from ..binding import names, runtime
-from .blocks import InputCopies, blocks_of, inputs_kept, plain_attention
-from .mode import ordinary_, own_randomness
+from .blocks import norms_copied, plain_attention
+from .mode import ordinary_
 from .prediction import Foreseen, foreseen, refuse_unsuited
-from .store import Store, fingerprint
 
 log = logging.getLogger("oft")
 
-LOW_VRAM = ("off", "checkpointing", "offload")
-# The parts of a model that can be trained. T5 is apart from the CLIP encoders: it is far larger.
-UNET, ENCODERS, T5 = "unet", "te", "t5"
 # Dialects in the order in which a trained adapter is written: the first that can hold it.
 DIALECTS = ("oft_v2", "lycoris", "comfy", "oft_v2_plus")
 # What to do about models that overflow.
 PRECISE_VAE = "Start ComfyUI with --fp32-vae or --bf16-vae"
 PRECISE_TEXT = "Start ComfyUI with --fp32-text-enc or --bf16-text-enc"
-
-
-# --- sampling -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """How sample pictures are drawn: one for every prompt, all from one seed."""
-
-    prompts: tuple[str, ...] = ()
-    negative: str = ""
-    seed: int = 0
-    steps: int = 20
-    cfg: float = 5.0
-    sampler: str = "euler"
-    scheduler: str = "normal"
-
-    @property
-    def drawing(self) -> list[Any]:
-        """What class pictures share with samples."""
-        return [self.steps, self.cfg, self.sampler, self.scheduler, self.negative]
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -175,7 +153,7 @@ class HostModel:
             latent = self._latent_of(image.unsqueeze(0)[..., :3], record.name)
             latent = comfy.sample.fix_empty_latent_channels(self.patcher, latent)
             self._check_channels(latent)
-            latent = self.base.process_latent_in(latent).float().cpu()
+            latent = self.for_training(latent)
             key = _place(record)
             self.latents[key] = latent
             self.masks[key] = None
@@ -263,6 +241,15 @@ class HostModel:
         # Before the first step it was finite.
         self._check_text(text, made, "Lower the learning rate of the text encoders.")
         return made
+
+    def for_training(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents in the model's own space, float32, on the CPU."""
+        return self.base.process_latent_in(latents).float().cpu()
+
+    def keep_latents(self, records: list[Record], latents: torch.Tensor) -> None:
+        """Latents of records that have no picture; in the model's own space, (n, channels, ...)."""
+        for record, latent in zip(records, latents, strict=True):
+            self.latents[_place(record)], self.masks[_place(record)] = latent.unsqueeze(0), None
 
     # --- loading ---
 
@@ -408,21 +395,10 @@ class HostModel:
     def around(self) -> Iterator[None]:
         """Gradient checkpointing of the model's blocks, and copies where its code works in place."""
         roots = [self.net, *([self.encoders] if self.train_encoders else [])]
-        copies = InputCopies()
         blocks = [b for root in roots for b in blocks_of(root)] if self.low_vram != "off" else []
-        handles = []
-        try:
-            for root in roots:
-                handles += [
-                    m.register_forward_pre_hook(copies)
-                    for m in root.modules()
-                    if id(m) in self._turned or "norm" in type(m).__name__.lower() and not isinstance(m, nn.GroupNorm)
-                ]
-            with copies.of_functions(), inputs_kept(blocks), checkpointing(blocks):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        copies = InputCopies()
+        with copies_for_norms(roots, self._turned, copies), norms_copied(copies), inputs_kept(blocks), checkpointing(blocks):
+            yield
 
     # --- sampling ---
 
@@ -525,18 +501,6 @@ def _check_whole(model: nn.Module, names: Iterable[str]) -> None:
                     module=f"{name}.{inside}".rstrip("."),
                     hint="Set low_vram to 'checkpointing', or leave it out of modules_to_save.",
                 )
-
-
-def need_finite(what: str, values: torch.Tensor, *, file: str | None = None, hint: str) -> None:
-    """Raises TrainingError if a number is NaN or infinite."""
-    if not (fine := values.detach().isfinite()).all():
-        raise TrainingError(
-            f"{what} is not finite",
-            file=file,
-            found=f"{int((~fine).sum())} NaN or infinite of {values.numel()} numbers",
-            expected="finite numbers",
-            hint=hint,
-        )
 
 
 def _embeddings(encoded: list) -> Iterator[torch.Tensor]:

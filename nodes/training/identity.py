@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import folder_paths
 import torch
 from torch import nn
 
 from ..binding import layers, runtime
-from .store import Store
 
 # Folder lists that loaders of diffusion models choose from; the last one is of the community's GGUF loader.
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
@@ -103,19 +101,3 @@ def _named_file(inputs: Mapping[str, Any]) -> Path | None:
                 if found and os.path.isfile(found):
                     return Path(found)
     return None
-
-
-def file_hash(path: Path, store: Store) -> str:
-    """SHA-256 of a file, as 64 hex digits; known again by its path, size and time. May be interrupted."""
-    stat = path.stat()
-    place = store.path("file hash", str(path), stat.st_size, stat.st_mtime_ns)
-    known = store.get(place)
-    if known is None:
-        seen = hashlib.sha256()
-        with open(path, "rb") as f:
-            while part := f.read(1 << 24):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                seen.update(part)
-        known = {"sha256": seen.hexdigest()}
-        store.put(place, known)
-    return known["sha256"]

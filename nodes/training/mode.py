@@ -31,14 +31,6 @@ def training_mode() -> Iterator[None]:
             management.in_training = flag
 
 
-@contextlib.contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Some host code draws from torch's common generator. Inside it starts from `seed`; outside nobody notices."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def ordinary_(root: nn.Module) -> None:
     """Replace parameters and buffers that were made under inference mode by equal ordinary ones, in place.
 

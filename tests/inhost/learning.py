@@ -17,8 +17,8 @@ import torch
 from comfyui_oft.nodes import dataset
 from comfyui_oft.nodes.binding import folders
 from comfyui_oft.nodes.training import mode as train_mode
-from comfyui_oft.nodes.training import plan as train_plan
 from comfyui_oft.nodes.training import run as train_run
+from comfyui_oft.oft_core.training import plan as train_plan
 from safetensors.torch import load_file
 
 from dev.inprocess import work_dir

@@ -18,7 +18,6 @@ import torch
 from comfyui_oft.nodes import dataset, save
 from comfyui_oft.nodes.binding import apply as host
 from comfyui_oft.nodes.binding import folders
-from comfyui_oft.nodes.training import store as train_store
 from comfyui_oft.nodes.training.prediction import foreseen
 from comfyui_oft.oft_core import AdapterError, Strength
 from comfyui_oft.oft_core.errors import FileError, FormatError
@@ -26,6 +25,7 @@ from comfyui_oft.oft_core.training import (
     ConfigError,
     TrainingError,
 )
+from comfyui_oft.oft_core.training import store as train_store
 from learning import a_run, a_set, fresh_user, go, learnt, parts, pictures, raises, replaced, same, state
 from PIL import Image
 from safetensors.torch import load_file, save_file

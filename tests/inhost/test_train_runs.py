@@ -21,19 +21,21 @@ import torch
 from comfyui_oft.nodes import dataset, save, train
 from comfyui_oft.nodes.binding import apply as host
 from comfyui_oft.nodes.binding import files, folders
-from comfyui_oft.nodes.training import blocks as train_blocks
 from comfyui_oft.nodes.training import host as train_host
 from comfyui_oft.nodes.training import identity as train_identity
 from comfyui_oft.nodes.training import mode as train_mode
 from comfyui_oft.nodes.training import run as train_run
-from comfyui_oft.nodes.training import store as train_store
 from comfyui_oft.oft_core import AdapterError, Strength
 from comfyui_oft.oft_core.training import (
     OFTConfig,
     StateError,
     Trainer,
     TrainingError,
+    filenames,
 )
+from comfyui_oft.oft_core.training import run as core_run
+from comfyui_oft.oft_core.training import store as train_store
+from comfyui_oft.oft_core.training.plan import UNET
 from learning import (
     a_run,
     a_set,
@@ -106,7 +108,7 @@ def test_stop_in_the_middle_of_a_step():
     fresh_user()
     whole = go(a_run(steps=5))
     fresh_user()
-    attention = train_blocks.comfy.ldm.modules.attention
+    attention = comfy.ldm.modules.attention
     count = 0
 
     def sometimes(*args, **kwargs):
@@ -200,9 +202,9 @@ def test_a_stopped_run_does_not_write_over_another_runs_file():
     with stopped_at(1), contextlib.suppress(train_mode.Stopped):
         anew = a_run(**wanted, resume=False, config={"sample_steps": 1})
         go(anew)
-    assert anew.path == rest.path and files.header(rest.path)["ss_steps"] == "1"
+    assert anew.path == rest.path and filenames.header(rest.path)["ss_steps"] == "1"
     same(learnt(go(a_run(**wanted))), learnt(outcome))
-    assert files.header(rest.path)["ss_steps"] == "3"
+    assert filenames.header(rest.path)["ss_steps"] == "3"
 
 
 def test_out_of_memory_is_clear_and_keeps_the_state():
@@ -358,7 +360,7 @@ def test_text_attention_is_where_the_text_goes():
         fresh_user()
         run = a_run(family, config={"target_modules": "text-attention"}, steps=1)
         go(run)
-        chosen = {c.name for c in run.bank.parts[train_host.UNET][1].layers}
+        chosen = {c.name for c in run.bank.parts[UNET][1].layers}
         whole = {c.name for c in OFTConfig().select(run.host.net).layers}
         seen, length = tokens_of(run, whole)
         assert chosen == {n for n, tokens in seen.items() if tokens == length}, (family, chosen, seen, length)
@@ -457,7 +459,7 @@ def test_latents_and_embeddings_are_kept_for_later_runs():
 
 def test_the_cache_stays_within_its_limit():
     fresh_user()
-    folder = train_store.state_root() / "cache"
+    folder = train_run.state_root() / "cache"
     store = train_store.Store(folder, limit=10**9)
     value = [[torch.randn(10, 100), {"pooled_output": None, "n": 3, "x": (torch.ones(2), "a")}]]
     for i in range(5):
@@ -500,20 +502,20 @@ def test_the_base_models_file_is_found():
     noted.cached_patcher_init = (len, (str(folder / "a.safetensors"), {}))
     assert find(noted, None, None) == folder / "a.safetensors"
     fresh_user()
-    store = train_store.Store(train_store.state_root() / "cache")
+    store = train_store.Store(train_run.state_root() / "cache")
     expected = hashlib.sha256(b"weights").hexdigest()
     with counted((hashlib, "sha256")) as counts:
-        assert train_identity.file_hash(folder / "a.safetensors", store) == expected
+        assert train_store.file_hash(folder / "a.safetensors", store) == expected
         once = counts[0]
-        assert train_identity.file_hash(folder / "a.safetensors", store) == expected
+        assert train_store.file_hash(folder / "a.safetensors", store) == expected
         assert counts[0] - once < once and store.found == 1
     (folder / "a.safetensors").write_bytes(b"other weights")
-    assert train_identity.file_hash(folder / "a.safetensors", store) != expected
+    assert train_store.file_hash(folder / "a.safetensors", store) != expected
 
 
 def test_old_runs_are_removed_and_unfinished_ones_stay():
     fresh_user()
-    root, day = train_store.state_root(), 86400
+    root, day = train_run.state_root(), 86400
     now = time.time()
 
     def run(name, age, states=(), results=(), below=()):
@@ -524,7 +526,7 @@ def test_old_runs_are_removed_and_unfinished_ones_stay():
         for step in below:
             (folder / "9 steps" / f"state-{step:08d}.safetensors").write_bytes(b"x")
         for step in results:
-            train_run.write_json(folder / f"result-{step}.json", {"steps": step})
+            core_run.write_json(folder / f"result-{step}.json", {"steps": step})
         for path in folder.rglob("*"):
             os.utime(path, (now - age * day,) * 2)
         return folder
@@ -548,7 +550,7 @@ def test_old_runs_are_removed_and_unfinished_ones_stay():
         with stopped_at(1), contextlib.suppress(train_mode.Stopped):
             go(a_run(steps=2, seed=9))
         last = go(a_run(steps=2, seed=4))
-    kinds = [run.finished for run in train_store.past_runs(train_store.state_root())]
+    kinds = [run.finished for run in train_store.past_runs(train_run.state_root())]
     assert kinds.count(True) == 2 + 1 and kinds.count(False) == 1, kinds
     assert "earlier runs" in last.report and "Removed" not in names[0].report
     assert all(Path(one.adapter.path).is_file() for one in names), "an adapter was removed"
@@ -582,9 +584,9 @@ def test_samples_and_saves_while_it_runs():
     # Looking at samples does not change what is learnt.
     fresh_user()
     same(learnt(go(a_run(steps=6))), learnt(outcome))
-    curve = train_run.loss_curve(outcome.losses)
+    curve = core_run.loss_curve(outcome.losses)
     assert curve.shape == (1, 320, 640, 3) and curve.min() < 0.9
-    assert train_run.loss_curve([1.0]).shape == train_run.loss_curve([0.5] * 9).shape
+    assert core_run.loss_curve([1.0]).shape == core_run.loss_curve([0.5] * 9).shape
 
 
 def test_an_interrupted_sample_is_drawn_when_the_run_goes_on():

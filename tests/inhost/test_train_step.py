@@ -16,7 +16,6 @@ import folder_paths
 import torch
 from comfyui_oft.nodes import dataset
 from comfyui_oft.nodes.binding import apply as host
-from comfyui_oft.nodes.training import blocks as train_blocks
 from comfyui_oft.nodes.training import host as train_host
 from comfyui_oft.nodes.training import mode as train_mode
 from comfyui_oft.nodes.training import run as train_run
@@ -24,6 +23,7 @@ from comfyui_oft.oft_core import Strength
 from comfyui_oft.oft_core.training import (
     ConfigError,
 )
+from comfyui_oft.oft_core.training import blocks as train_blocks
 from learning import (
     a_run,
     a_set,

@@ -1,4 +1,4 @@
-"""What Train OFT is asked to do: preset, settings node and knobs made into one plan."""
+"""What a training is asked to do: preset, settings and knobs made into one plan."""
 
 from __future__ import annotations
 
@@ -8,20 +8,42 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...oft_core.training import ConfigError, OFTConfig, TrainSettings
-from ...oft_core.training.data import filled
-from ...oft_core.training.dataset import TrainingSet
-from ...oft_core.training.presets import TRAIN_PRESETS
-from ...oft_core.training.selection import PRESETS as TARGETS
-from .host import ENCODERS, T5, UNET, SamplePlan
+from .config import OFTConfig
+from .data import filled
+from .dataset import TrainingSet
+from .errors import ConfigError
+from .loop import TrainSettings
+from .presets import TRAIN_PRESETS
+from .selection import PRESETS as TARGETS
 
+LOW_VRAM = ("off", "checkpointing", "offload")
+# The parts of a model that can be trained. T5 is apart from the CLIP encoders: it is far larger.
+UNET, ENCODERS, T5 = "unet", "te", "t5"
 # What is trained of text encoders: the attention layers, as they are called in CLIP (and language models) and in T5.
 ENCODER_TARGETS = {ENCODERS: r"(.*\.)?self_attn\.([qkv]_proj|out_proj)", T5: r"(.*\.)?SelfAttention\.[qkvo]"}
 
 
 @dataclass(frozen=True)
+class SamplePlan:
+    """How sample pictures are drawn: one for every prompt, all from one seed."""
+
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+    seed: int = 0
+    steps: int = 20
+    cfg: float = 5.0
+    sampler: str = "euler"
+    scheduler: str = "normal"
+
+    @property
+    def drawing(self) -> list[Any]:
+        """What class pictures share with samples."""
+        return [self.steps, self.cfg, self.sampler, self.scheduler, self.negative]
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """What OFT Training Settings gives on: keyword arguments by the part they are for."""
+    """All other settings: keyword arguments by the part they are for."""
 
     oft: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """What training keeps on disk between runs: latents and embeddings that do not change, and folders of old runs; and how much of it.
 
-Everything lies in the user folder. What was used longest ago goes first.
+Where that is, the host says. What was used longest ago goes first.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
-from comfyui_version import __version__ as host_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...oft_core.atomic import PARTIAL, atomically, remove_partial
-from ...oft_core.errors import FileError
-from ...oft_core.training.checkpoint import from_tensors, saved_states, to_tensors
+from ..atomic import PARTIAL, atomically, remove_partial
+from ..errors import FileError
+from .checkpoint import from_tensors, saved_states, to_tensors
 
 log = logging.getLogger("oft")
 
@@ -35,13 +34,6 @@ CACHE_BYTES = 2 << 30
 KEPT_RUNS, KEPT_DAYS = 10, 30
 FORMAT = "oft training cache 1"
 RESULT = "result-*.json"
-
-
-def state_root() -> Path:
-    """Where runs keep their state: a private folder of the user directory."""
-    own = getattr(folder_paths, "get_system_user_directory", None)
-    root = own("oft") if own else os.path.join(folder_paths.get_user_directory(), "__oft")
-    return Path(root) / "training"
 
 
 def digest(value: Any) -> str:
@@ -69,17 +61,18 @@ def fingerprint(value: Any) -> Any:
 class Store:
     """Values by key, one file each, in `folder`. A damaged file is made again; a full disk only costs the time that it saves.
 
-    found, made: how many values were read, and how many were new, since the store was opened.
+    version: of the host, whose models may compute otherwise in another one.   found, made: how many values were read, and how many
+    were new, since the store was opened.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None):
-        self.folder, self.limit = folder, CACHE_BYTES if limit is None else limit
+    def __init__(self, folder: Path, version: str = "", limit: int | None = None):
+        self.folder, self.version, self.limit = folder, version, CACHE_BYTES if limit is None else limit
         self.found = self.made = 0
         self._used: set[Path] = set()
 
     def path(self, *key: Any) -> Path:
         """The file of a key: plain values that say all that the value depends on, host and versions aside."""
-        return self.folder / f"{digest([FORMAT, host_version, torch.__version__, *key])}.safetensors"
+        return self.folder / f"{digest([FORMAT, self.version, torch.__version__, *key])}.safetensors"
 
     def get(self, path: Path) -> Any | None:
         """The value, or None if it is not there."""
@@ -124,6 +117,22 @@ class Store:
                 path.unlink(missing_ok=True)
                 freed += size
         return freed
+
+
+def file_hash(path: Path, store: Store, interrupted: Callable[[], object] = lambda: None) -> str:
+    """SHA-256 of a file, as 64 hex digits; known again by its path, size and time. interrupted: raises to stop."""
+    stat = path.stat()
+    place = store.path("file hash", str(path), stat.st_size, stat.st_mtime_ns)
+    known = store.get(place)
+    if known is None:
+        seen = hashlib.sha256()
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                interrupted()
+                seen.update(part)
+        known = {"sha256": seen.hexdigest()}
+        store.put(place, known)
+    return known["sha256"]
 
 
 @dataclass(frozen=True)
