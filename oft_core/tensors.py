@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -23,3 +23,30 @@ def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None 
     """
     to_card = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
     return tensor.to(device, dtype or tensor.dtype, non_blocking=to_card)
+
+
+def ordinary_(root: nn.Module) -> None:
+    """Replace parameters and buffers that were made under inference mode by equal ordinary ones, in place.
+
+    Autograd refuses to keep inference tensors for the backward pass. One tensor at a time, so little more memory is
+    needed; the values are the same bit for bit, so the new ones stay.
+    """
+    for module in root.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_inference():
+                module._parameters[name] = _ordinary_parameter(p)
+        for name, b in module._buffers.items():
+            if b is not None and type(b) is torch.Tensor and b.is_inference():
+                module._buffers[name] = b.detach().clone()
+
+
+def _ordinary_parameter(p: torch.Tensor) -> torch.Tensor:
+    """An equal parameter that autograd accepts. Packed numbers stay: what is unpacked from them is ordinary already."""
+    if type(p) is nn.Parameter:
+        return nn.Parameter(p.detach().clone(), requires_grad=False)
+    if hasattr(p, "_qdata") or not p.is_floating_point():
+        return p
+    # GGUF loaders wrap weights that are not quantised too, in a class that answers `clone` with the tensor itself.
+    out = p.as_subclass(torch.Tensor).clone().as_subclass(type(p))
+    out.__dict__.update(p.__dict__)
+    return out

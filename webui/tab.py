@@ -1,4 +1,4 @@
-"""The tab "OFT": what a file is, what the last picture's tags did, a file baked into a checkpoint, a file for another tool.
+"""The tab "OFT": what a file is, what the last picture's tags did, training, a file baked into a checkpoint or written for another tool.
 
 Only features that gradio 3.41 and 4.40 share.
 """
@@ -32,6 +32,7 @@ from ..oft_core.errors import printable
 from ..oft_core.formats.write import WRITERS
 from ..oft_core.merge import DTYPES
 from . import activation, files
+from .training import ui
 
 NO_FILES = "There are no OFT files yet. Put them into models/OFT, then press Refresh."
 NO_PICTURE = "No picture has been drawn since the web UI was started, or the last one had no OFT tags."
@@ -41,7 +42,9 @@ _KEEP = "keep"
 def build() -> list[tuple[gr.Blocks, str, str]]:
     """The tab, for ``on_ui_tabs``: (contents, title, id)."""
     with gr.Blocks(analytics_enabled=False) as tab, gr.Tabs():
-        for title, part in (("Inspect", _inspect), ("Last picture", _last), ("Merge", _merge), ("Convert", _convert)):
+        for title, part in (
+            ("Inspect", _inspect), ("Last picture", _last), ("Train", _train), ("Merge", _merge), ("Convert", _convert)
+        ):
             with gr.TabItem(title, elem_id=f"oft_{part.__name__.strip('_')}_tab"):
                 part()
     return [(tab, "OFT", "oft_tab")]
@@ -63,6 +66,10 @@ def _last() -> None:
     go = gr.Button("Refresh", elem_id="oft_last_go")
     text = gr.Textbox(label="What the tags of the last picture did", lines=20, max_lines=60, interactive=False, elem_id="oft_last_report")
     go.click(fn=last_picture, inputs=[], outputs=[text])
+
+
+def _train() -> None:
+    ui.build()
 
 
 def _merge() -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,11 @@ import comfy.utils
 import torch
 from torch import nn
 
-from ...oft_core import Adapter, Diff, LayerRotation
-from ...oft_core.adapter import load_adapter
-from ...oft_core.errors import FormatError
-from ...oft_core.formats.write import WRITERS, write_adapter
+from ...oft_core import Adapter
 from ...oft_core.names.spelling import is_t5_path
+from ...oft_core.tensors import ordinary_
 from ...oft_core.training import (
     ConfigError,
-    Loaded,
     Noised,
     Objective,
     OFTConfig,
@@ -39,21 +35,19 @@ from ...oft_core.training import (
     checkpointing,
 )
 from ...oft_core.training.blocks import InputCopies, blocks_of, copies_for_norms, inputs_kept
-from ...oft_core.training.dataset import TrainingSet
+from ...oft_core.training.latents import PictureLatents
 from ...oft_core.training.layers import plain_weight
 from ...oft_core.training.plan import ENCODERS, LOW_VRAM, T5, UNET, SamplePlan
 from ...oft_core.training.run import need_finite
 from ...oft_core.training.seeds import own_randomness
 from ...oft_core.training.store import Store, fingerprint
+from ...oft_core.training.writing import write_bank
 from ..binding import names, runtime
 from .blocks import norms_copied, plain_attention
-from .mode import ordinary_
 from .prediction import Foreseen, foreseen, refuse_unsuited
 
 log = logging.getLogger("oft")
 
-# Dialects in the order in which a trained adapter is written: the first that can hold it.
-DIALECTS = ("oft_v2", "lycoris", "comfy", "oft_v2_plus")
 # What to do about models that overflow.
 PRECISE_VAE = "Start ComfyUI with --fp32-vae or --bf16-vae"
 PRECISE_TEXT = "Start ComfyUI with --fp32-text-enc or --bf16-text-enc"
@@ -84,7 +78,7 @@ def _with_weights_in_place(patcher: Any) -> Any:
     return patcher.clone(disable_dynamic=True)
 
 
-class HostModel:
+class HostModel(PictureLatents):
     """ComfyUI's MODEL, CLIP and VAE as the engine wants them.
 
     low_vram: one of `LOW_VRAM`.   guidance: of models with distilled guidance (Flux).   train_encoders: the text
@@ -105,6 +99,7 @@ class HostModel:
             raise ConfigError(
                 "Option 'low_vram' has an unknown value", found=low_vram, expected=" or ".join(LOW_VRAM)
             )
+        super().__init__()
         self.patcher = _with_weights_in_place(model)
         self.base = self.patcher.model
         self.clip = clip.clone()
@@ -114,8 +109,6 @@ class HostModel:
         self.vae = vae
         self.low_vram, self.guidance, self.train_encoders = low_vram, guidance, train_encoders
         self.device = self.patcher.load_device
-        self.latents: dict[tuple, torch.Tensor] = {}
-        self.masks: dict[tuple, torch.Tensor | None] = {}
         self._texts: dict[str, list] = {}
         self._conds: dict[tuple, dict[str, Any]] = {}
         self.objective: Objective | None = None
@@ -143,29 +136,13 @@ class HostModel:
         """Take latents and embeddings from `store`, and put them there. vae, clip: identities of the two models."""
         self._store, self._of_vae, self._of_clip = store, vae, clip
 
-    def encode_pictures(self, of: TrainingSet, report: Callable[[int, int], None] | None = None) -> None:
-        """Latents of every record in the model's own space, on the CPU, float32; and masks of their size.
+    def latent_of(self, image: torch.Tensor, name: str) -> torch.Tensor:
+        """The latent of an IMAGE (1, h, w, 3) in the model's own space; name: of the picture, for errors."""
+        latent = comfy.sample.fix_empty_latent_channels(self.patcher, self._encoded(image, name))
+        self._check_channels(latent)
+        return self.for_training(latent)
 
-        Raises TrainingError for a picture whose latent is not finite.
-        """
-        for i, record in enumerate(of.records):
-            image, mask = of.load(record)
-            latent = self._latent_of(image.unsqueeze(0)[..., :3], record.name)
-            latent = comfy.sample.fix_empty_latent_channels(self.patcher, latent)
-            self._check_channels(latent)
-            latent = self.for_training(latent)
-            key = _place(record)
-            self.latents[key] = latent
-            self.masks[key] = None
-            if mask is not None:
-                small = nn.functional.interpolate(
-                    mask.permute(2, 0, 1).unsqueeze(0), size=latent.shape[-2:], mode="area"
-                )
-                self.masks[key] = small.view(1, 1, *latent.shape[2:])
-            if report is not None:
-                report(i + 1, len(of.records))
-
-    def _latent_of(self, image: torch.Tensor, name: str) -> torch.Tensor:
+    def _encoded(self, image: torch.Tensor, name: str) -> torch.Tensor:
         """The VAE's own latent of an IMAGE (1, h, w, 3); name: of the picture, for errors."""
         place = None
         if self._store is not None:
@@ -245,11 +222,6 @@ class HostModel:
     def for_training(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's latents in the model's own space, float32, on the CPU."""
         return self.base.process_latent_in(latents).float().cpu()
-
-    def keep_latents(self, records: list[Record], latents: torch.Tensor) -> None:
-        """Latents of records that have no picture; in the model's own space, (n, channels, ...)."""
-        for record, latent in zip(records, latents, strict=True):
-            self.latents[_place(record)], self.masks[_place(record)] = latent.unsqueeze(0), None
 
     # --- loading ---
 
@@ -341,15 +313,6 @@ class HostModel:
 
     # --- one forward ---
 
-    def load_batch(self, records: list[Record]) -> Loaded:
-        """Latents and masks of a batch on the device. Items without a mask count everywhere."""
-        latents = torch.cat([self.latents[_place(r)] for r in records]).to(self.device)
-        masks = [self.masks[_place(r)] for r in records]
-        if all(m is None for m in masks):
-            return Loaded(latents)
-        filled = [torch.ones(1, 1, *latents.shape[2:]) if m is None else m for m in masks]
-        return Loaded(latents, torch.cat(filled).to(self.device))
-
     def predict(self, noised: Noised, records: list[Record]) -> torch.Tensor:
         """The model's prediction in the objective's target space, (batch, channels, ...)."""
         sigma = self._found.sigma_of(noised.sigma)
@@ -423,12 +386,6 @@ class HostModel:
                 seed=seed,
             ).clone()
 
-    def _ratio(self) -> int:
-        if self.latents:
-            (bucket, latent) = next((k[2], t) for k, t in self.latents.items())
-            return bucket[0] // latent.shape[-1]
-        return 8
-
     def draw(self, plan: SamplePlan, size: tuple[int, int], batch_size: int) -> torch.Tensor:
         """IMAGE (n, h, w, 3) on the CPU, one for every prompt; the model is loaded again for training after it."""
         if self.train_encoders:
@@ -454,41 +411,9 @@ class HostModel:
 
         Raises FormatError with the reasons of all dialects if none can hold it.
         """
-        layers: dict[str, LayerRotation] = {}
-        beside: dict[str, Diff] = {}
-        prefix = {UNET: "diffusion_model.", ENCODERS: "", T5: ""}
-        for (part, module), pieces in bank.adapter_tensors(values).items():
-            for piece in pieces:
-                place = layers if isinstance(piece.op, LayerRotation) else beside
-                place[f"{prefix[part]}{module}.{piece.param}"] = piece.op
         if self.index is None:
             self.index = names.index_of(self.patcher, self.clip if self.train_encoders else None)
-        refused = []
-        for dialect in DIALECTS:
-            try:
-                written = write_adapter(
-                    layers, self.index, path, dialect, beside=beside, metadata=metadata
-                )
-            except FormatError as error:
-                refused.append(str(error))
-                continue
-            adapter = load_adapter(written)
-            patches = adapter.bind(self.index).patches
-            missing = {*layers, *beside} - {p.key for p in patches}
-            if missing:
-                raise FormatError("A layer could not be read back", file=path, module=min(missing))
-            turned = Counter(p.key for p in patches if isinstance(p.op, LayerRotation))
-            for key, count in turned.items():
-                if count != 1 or key not in layers:
-                    raise FormatError(
-                        "The file turns a weight more often than the training did",
-                        file=path,
-                        module=key,
-                        found=f"{count} rotations",
-                        expected=f"{int(key in layers)}",
-                    )
-            return adapter, WRITERS[dialect].title
-        raise FormatError("No file format can hold an adapter with these settings", found=" ".join(refused))
+        return write_bank(bank, values, path, metadata, self.index, {UNET: "diffusion_model.", ENCODERS: "", T5: ""})
 
 
 def _check_whole(model: nn.Module, names: Iterable[str]) -> None:
@@ -507,10 +432,6 @@ def _embeddings(encoded: list) -> Iterator[torch.Tensor]:
     """What models read of a text: embeddings and pooled ones."""
     for cond, more in encoded:
         yield from (v for v in (cond, more.get("pooled_output")) if v is not None)
-
-
-def _place(record: Record) -> tuple:
-    return record.name, record.flip, record.bucket
 
 
 def _ordinary(value: Any) -> Any:

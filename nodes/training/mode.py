@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import comfy.model_management
 import torch
-from torch import nn
 
 from ...oft_core.training import TrainingError
 
@@ -29,33 +28,6 @@ def training_mode() -> Iterator[None]:
     finally:
         if flag is not None:
             management.in_training = flag
-
-
-def ordinary_(root: nn.Module) -> None:
-    """Replace parameters and buffers that were made under inference mode by equal ordinary ones, in place.
-
-    Autograd refuses to keep inference tensors for the backward pass. One tensor at a time, so little more memory is
-    needed; the values are the same bit for bit, so the new ones stay.
-    """
-    for module in root.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_inference():
-                module._parameters[name] = _ordinary_parameter(p)
-        for name, b in module._buffers.items():
-            if b is not None and type(b) is torch.Tensor and b.is_inference():
-                module._buffers[name] = b.detach().clone()
-
-
-def _ordinary_parameter(p: torch.Tensor) -> torch.Tensor:
-    """An equal parameter that autograd accepts. Packed numbers stay: what is unpacked from them is ordinary already."""
-    if type(p) is nn.Parameter:
-        return nn.Parameter(p.detach().clone(), requires_grad=False)
-    if hasattr(p, "_qdata") or not p.is_floating_point():
-        return p
-    # GGUF loaders wrap weights that are not quantised too, in a class that answers `clone` with the tensor itself.
-    out = p.as_subclass(torch.Tensor).clone().as_subclass(type(p))
-    out.__dict__.update(p.__dict__)
-    return out
 
 
 def free_memory() -> None:

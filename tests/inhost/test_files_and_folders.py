@@ -15,7 +15,7 @@ from comfyui_oft.oft_core import (
     FileError,
     ReadOptions,
 )
-from comfyui_oft.oft_core.training import ConfigError
+from comfyui_oft.oft_core.training import ConfigError, filenames
 from patching import ATTENTION, diag_oft, generator, raises, run_node, sd15, shapes_of, write
 from safetensors.torch import save_file
 
@@ -179,10 +179,10 @@ def test_folders_may_be_on_other_drives():
     drives = [r"C:\ComfyUI\models\oft", r"C:\ComfyUI\models\loras", r"D:\loras"]
     windows = SimpleNamespace(path=ntpath, sep="\\", pardir="..")
     there = SimpleNamespace(isfile=lambda p: True, isdir=lambda p: True)
-    kept = [(m, m.os) for m in (files, stack, dataset)]
+    kept = [(m, m.os) for m in (filenames, stack, dataset)]
     before = folder_paths.get_folder_paths, folders.find, folder_paths.get_input_directory
     try:
-        files.os = windows
+        filenames.os = windows
         stack.os = SimpleNamespace(path=there)
         dataset.os = SimpleNamespace(path=SimpleNamespace(**{**vars(ntpath), **vars(there)}))
         folder_paths.get_folder_paths = lambda name: drives

@@ -8,19 +8,21 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import networks
 import torch
-from modules import shared
+from modules import devices, prompt_parser, sd_hijack, shared
 from torch import Tensor, nn
 
 from ...oft_core import Patch
+from ...oft_core.training import ConfigError
 from ..changes import Change, changes
-from . import objects
-from .contract import OURS, Part, Wanted
+from . import objects, training
+from .contract import OURS, Part, Trainee, Wanted
 
 #: What the host patches at all, beside torch's own attention.
 _KINDS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
@@ -47,6 +49,9 @@ _places: weakref.WeakKeyDictionary[Any, dict[str, Places]] = weakref.WeakKeyDict
 #: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
 TOUCHES = {
     "networks": ("assign_network_names_to_compvis_modules", "loaded_networks"),
+    "modules.devices": ("autocast", "device", "dtype", "dtype_vae"),
+    "modules.prompt_parser": ("SdConditioning",),
+    "modules.sd_hijack": ("model_hijack", "undo_optimizations"),
     "modules.shared": ("opts",),
 }
 
@@ -85,6 +90,56 @@ class A1111:
         if wanted and getattr(shared.opts, "lora_functional", False):
             notes.append(_OLD_METHOD)
         return notes
+
+    def trainee(self, sd_model: Any) -> Trainee:
+        kind = training.kind_of(sd_model)
+        net = sd_model.model.diffusion_model
+        training.check_input(net.in_channels)
+        if getattr(sd_model, "lowvram", False):
+            raise ConfigError(
+                "Training needs the whole model on the device", found="--medvram or --lowvram", expected="a web UI started without them"
+            )
+        if any(getattr(m, "fp16_weight", None) is not None for m in net.modules()):
+            raise ConfigError("Weights in fp8 cannot be trained here", found="Settings, FP8 weight", expected="Disable")
+
+        def call(x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            with devices.autocast():
+                dtype = next(net.parameters()).dtype
+                given = {"y": cond["vector"].to(dtype)} if "vector" in cond else {}
+                return net(x.to(dtype), timesteps, context=cond["crossattn"].to(dtype), **given)
+
+        def text(prompt: str, width: int, height: int) -> dict[str, Tensor]:
+            with devices.autocast():
+                made = sd_model.get_learned_conditioning(prompt_parser.SdConditioning([prompt], width=width, height=height))
+            return dict(made) if isinstance(made, dict) else {"crossattn": made}
+
+        def encode(picture: Tensor) -> Tensor:
+            with devices.autocast():
+                found = sd_model.encode_first_stage(picture.to(devices.device, devices.dtype_vae) * 2 - 1)
+                return sd_model.get_first_stage_encoding(found).float()
+
+        def decode(latent: Tensor) -> Tensor:
+            with devices.autocast():
+                return sd_model.decode_first_stage(latent.to(devices.device, devices.dtype_vae)).float() / 2 + 0.5
+
+        return Trainee(
+            kind, net, "model.diffusion_model.", getattr(sd_model, "parameterization", "eps"), sd_model.alphas_cumprod.detach().cpu().double(),
+            torch.device(devices.device), training.file_of(sd_model), call, text, encode, decode, lambda: _trained(sd_model, net),
+        )
+
+
+@contextlib.contextmanager
+def _trained(sd_model: Any, net: nn.Module) -> Iterator[None]:
+    """Without networks, and with the host's plain attention: its faster ones work in place or only forward."""
+    before = list(networks.loaded_networks)
+    networks.loaded_networks.clear()
+    sd_hijack.undo_optimizations()
+    try:
+        with training.own_checkpoints_off(net):
+            yield
+    finally:
+        sd_hijack.model_hijack.apply_optimizations()
+        networks.loaded_networks[:] = before
 
 
 def places(sd_model: Any) -> dict[str, Places]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from ...oft_core import Patch, Strength
 from ..files import OFTFile
@@ -13,7 +17,7 @@ from ..tags import Tag
 #: What every web UI has, module -> names. The hosts' own files list theirs as ``TOUCHES``.
 COMMON: Mapping[str, tuple[str, ...]] = {
     "modules.cache": ("cached_data_for_file",),
-    "modules.call_queue": ("wrap_gradio_gpu_call",),
+    "modules.call_queue": ("queue_lock", "wrap_gradio_gpu_call"),
     "modules.extra_networks": ("ExtraNetwork", "register_extra_network"),
     "modules.paths": ("models_path",),
     "modules.script_callbacks": (
@@ -54,6 +58,32 @@ class Wanted:
     instead: bool = False
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """A loaded model as training wants it. All tensors of calls are on `device`, float32 unless said.
+
+    kind: SD15, SD20 or SDXL.   net: the diffusion model.   prefix: what stands before its parameters' names in `Part.shapes`.
+    prediction: eps or v.   alphas_cumprod: (steps,).   file: of the checkpoint, None if unknown.   digest: tells models apart.
+    call: (x (n, 4, h, w), timesteps (n,), conditioning with n rows) -> the network's output.
+    text: (prompt, width, height) -> conditioning: ``crossattn`` (1, tokens, width) and for SDXL ``vector`` (1, width).
+    encode: picture (1, 3, h, w) in 0..1 -> latent as the network reads it.   decode: the other way.
+    ready: a context in which the network is on its device, without any patches, and its code has a backward pass.
+    """
+
+    kind: str
+    net: nn.Module
+    prefix: str
+    prediction: str
+    alphas_cumprod: Tensor
+    device: torch.device
+    file: str | None
+    call: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    text: Callable[[str, int, int], dict[str, Tensor]]
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    ready: Callable[[], AbstractContextManager]
+
+
 #: How everything that we hang on a host's model is called.
 OURS = "oft:"
 
@@ -72,3 +102,6 @@ class Host(Protocol):
 
         What is wanted already stays as it is. Returns lines for the user about what this host cannot do.
         """
+
+    def trainee(self, sd_model: Any) -> Trainee:
+        """The loaded model for training. Raises ConfigError for models and settings that cannot be trained here."""

@@ -11,8 +11,8 @@ from backend.args import dynamic_args
 from modules_forge.packages.comfy.weight_adapter import WeightAdapterBase
 
 from ...oft_core import AdapterError, Patch
-from . import adapters, forge, lists, objects
-from .contract import Part, Wanted
+from . import adapters, forge, lists, objects, training
+from .contract import Part, Trainee, Wanted
 
 #: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
 TOUCHES = {
@@ -47,6 +47,9 @@ class Neo:
         online = bool(_said("online_lora")) and not (ops.startswith("Mixed") or ops.endswith("FP8"))
         lists.put(sd_model, wanted, self.payload, base_norm, online)
         return []
+
+    def trainee(self, sd_model: Any) -> Trainee:
+        raise training.not_here(self.title)
 
 
 def _said(name: str) -> Any:

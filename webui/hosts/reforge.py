@@ -10,8 +10,8 @@ from ldm_patched.modules import utils
 from ldm_patched.modules.weight_adapter import WeightAdapterBase
 
 from ...oft_core import Patch
-from . import adapters, lists, objects
-from .contract import Part, Wanted
+from . import adapters, lists, objects, training
+from .contract import Part, Trainee, Wanted
 
 #: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
 TOUCHES = {
@@ -34,6 +34,9 @@ class ReForge:
     def put(self, sd_model: Any, wanted: Sequence[Wanted]) -> list[str]:
         lists.put(sd_model, wanted, self.payload, base_norm)
         return []
+
+    def trainee(self, sd_model: Any) -> Trainee:
+        raise training.not_here(self.title)
 
 
 def base_norm(patcher: Any, patch: Patch) -> torch.Tensor:
