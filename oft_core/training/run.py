@@ -396,7 +396,7 @@ class TrainingRun(ABC):
             self._write(self.path)
             done = f"{self.trainer.step} of {self.plan.settings.steps} steps"
             log.info("OFT: %s after %s; kept in %s", why, done, self.path)
-            self.say(f"Stopped after {done}. Kept as {self.listed(self.path)}; queue again to go on.")
+            self.say(f"Stopped after {done}. Kept as {self.listed(self.path)}; the same once more goes on from there.")
 
     def _metadata(self) -> dict[str, str]:
         plan, trainer = self.plan, self.trainer

@@ -102,7 +102,7 @@ class _Work:
                 self.outcome = self._trained()
             except Stopped:
                 done = self.run.trainer.step if self.run is not None and self.run.trainer is not None else 0
-                self.fault = f"{self.line}\nStopped after {done} steps." if done else "Stopped before the first step; nothing was written."
+                self.fault = self.line if done else "Stopped before the first step; nothing was written."
             except AdapterError as error:
                 self.fault = str(error)
             finally:
