@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .families import family_of_model
-from .layouts import other_names
+from .other_names import other_names
 from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
 
 
@@ -79,7 +79,7 @@ class NameIndex:
             for alias in other_names({path: shapes[key] for path, key in found.items()}):
                 targets = tuple(Target(found[path], rows, alias.swap) for path, rows in alias.parts)
                 path = alias.parts[0][0]
-                if len(targets) == 1 and not alias.name.startswith(path):  # not one of the file-only names of parts
+                if len(targets) == 1 and not alias.further:
                     others.setdefault(path, []).append((alias.name, targets[0].rows, alias.swap))
                 self._add(part, alias.name, targets, _OTHER_LAYOUT)
             for path, key in found.items():

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from oft_core.names import NameIndex, Target, component, guess_family
-from oft_core.names.layouts import other_names
+from oft_core.names.other_names import other_names
 
 # ----------------------------------------------------------------------------------------------------
 # Model names, written from the architectures

@@ -1,4 +1,4 @@
-"""The same weights under other names: U-Nets here, models made of equal blocks by the tables of `tables`.
+"""The same weights under other names: U-Nets here, models made of equal blocks by tables.
 
 Everything here is derived from which modules a model has, never from sizes of known models: blocks are
 numbered by walking them, and the rows of a fused matrix come from the shapes. Names that the structure does
@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from .tables import LAYOUTS, Alias, Shapes
+from . import picture_tables, video_tables
+from .layout import Alias, Shapes
 
 
 def other_names(shapes: Shapes) -> Iterator[Alias]:
     """Every name that the modules of one part (diffusion model or text encoder) have in other layouts."""
     yield from _unet_names(shapes)
-    for layout in LAYOUTS:
-        yield from layout.names(shapes)
+    known = False
+    for layout in (*video_tables.LAYOUTS, *picture_tables.LAYOUTS):
+        found = layout.names(shapes)
+        # A second layout that fits has names of which only files know.
+        yield from (replace(alias, further=True) for alias in found) if known else found
+        known = known or bool(found)
 
 
 # ----------------------------------------------------------------------------------------------------
