@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .families import family_of_model
 from .other_names import other_names
+from .roles import Piece, other_words
 from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
 
 
@@ -111,11 +112,19 @@ class NameIndex:
             table = self._tables[part]
             for path in name.paths:
                 hit = table.get(path)
-                if hit is None and path.endswith("_to_out"):
-                    hit = table.get(path + "_0")  # attention processors leave out the sublayer's number
                 if hit is not None:
                     return list(hit[1])
+            for path in name.paths:
+                if found := self._in_other_words(table, path):
+                    return found
         return []
+
+    def _in_other_words(self, table: Mapping[str, tuple[int, Targets]], path: str) -> list[Target]:
+        def look(name: str) -> list[Piece]:
+            _, targets = table.get(name, (0, ()))
+            return [(t.key, t.rows, t.swap_halves) for t in targets]
+
+        return [Target(*piece) for piece in other_words(path, look, self.shapes)]
 
     def has(self, part: str) -> bool:
         """Whether the model has this part: "unet", "te1", "te2" or "te3"."""

@@ -74,8 +74,33 @@ def _unet_names(shapes: Shapes) -> Iterator[Alias]:
             if path in ("op", "conv"):  # a down- or upsampler: one convolution, called `op` on ldm's way down
                 there = blocks[block] + (".op" if "input_blocks" in blocks[block] else ".conv")
             else:
-                there = f"{blocks[block]}.{resnet.get(path, path)}"
+                there = f"{blocks[block]}.{_inside(path, inside, resnet)}"
             yield Alias(there, ((f"{block}.{path}", None),))
+
+
+#: A video model's blocks are for single pictures and along time: ldm's names of the latter, diffusers'.
+_ALONG_TIME = (
+    ("time_stack.", "temporal_transformer_blocks."),
+    ("time_pos_embed.0", "time_pos_embed.linear_1"),
+    ("time_pos_embed.2", "time_pos_embed.linear_2"),
+)
+_SPATIAL, _TEMPORAL = "spatial_res_block.", "temporal_res_block."
+
+
+def _inside(path: str, inside: set[str], resnet: Mapping[str, str]) -> str:
+    """A module path inside a block of a U-Net, in the other spelling; `resnet`: the names inside a residual block there."""
+    if path.startswith(_SPATIAL):
+        return resnet.get(path.removeprefix(_SPATIAL), path)
+    if path.startswith(_TEMPORAL):
+        return "time_stack." + resnet.get(path.removeprefix(_TEMPORAL), path)
+    if "time_stack.in_layers.0" in inside:
+        inner = path.removeprefix("time_stack.")
+        return f"{_SPATIAL if inner == path else _TEMPORAL}{resnet[inner]}" if inner in resnet else path
+    for ldm, diffusers in _ALONG_TIME:
+        for here, there in ((ldm, diffusers), (diffusers, ldm)):
+            if path.startswith(here):
+                return there + path.removeprefix(here)
+    return resnet.get(path, path)
 
 
 def _contents(shapes: Shapes, block: re.Pattern[str]) -> dict[str, set[str]]:
