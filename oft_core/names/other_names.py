@@ -76,6 +76,8 @@ def _unet_names(shapes: Shapes) -> Iterator[Alias]:
             else:
                 there = f"{blocks[block]}.{_inside(path, inside, resnet)}"
             yield Alias(there, ((f"{block}.{path}", None),))
+            if f".{_SPATIAL}" in there:  # ComfyUI's name, as in models without time
+                yield Alias(there.replace(_SPATIAL, ""), ((f"{block}.{path}", None),), further=True)
 
 
 #: A video model's blocks are for single pictures and along time: ldm's names of the latter, diffusers'.

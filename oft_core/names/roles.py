@@ -21,8 +21,6 @@ OUT = ("to_out_0", "to_out", "out_proj", "output_proj", "o_proj", "wo", "out", "
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 #: Single projections: words -> their place in (query, key, value).
 _SINGLE = (QUERY, KEY, VALUE)
-#: Fused names that only diffusers makes: the parts' names.
-_FUSED_ADDED = {"to_added_qkv": _ADDED, "to_qkv_mlp_proj": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp")}
 #: Layers in the same place under other words; a pair counts only if the model has both of one spelling.
 _PAIRS = (
     (("net_0_proj", "net_2"), ("fc1", "fc2"), ("layer1", "layer2"), ("linear_in", "linear_out"), ("0", "2")),
@@ -31,7 +29,7 @@ _PAIRS = (
 _SAME = (("linear", "lin"),)
 
 Piece = tuple[str, tuple[int, int] | None, bool]  # parameter key, rows (start, length) or all, halves exchanged
-Look = Callable[[str], Sequence[Piece] | None]
+Look = Callable[[str], list[Piece]]
 
 
 def other_words(path: str, look: Look, shapes: Mapping[str, Sequence[int]]) -> list[Piece]:
@@ -39,51 +37,48 @@ def other_words(path: str, look: Look, shapes: Mapping[str, Sequence[int]]) -> l
 
     look: the pieces of an underscored path that the model has.   shapes: parameter key -> shape.
     """
-    for parent, found in _readings(path, look, shapes):
-        if found:
-            return _joined(found, shapes)
-    return []
+    found = next((pieces for pieces in _readings(path, look, shapes) if pieces), [])
+    return _joined(found, shapes)
 
 
-def _readings(path: str, look: Look, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, list[Piece]]]:
-    for parent, _ in _cut(path, OUT):
+def _readings(path: str, look: Look, shapes: Mapping[str, Sequence[int]]) -> Iterator[list[Piece]]:
+    """What the path may mean, the plainest reading first; [] where a reading leads nowhere."""
+    for parent in _cut(path, OUT):
         if _first(parent, look, (*QUERY, *QUERY_KEY_VALUE)):
-            yield parent, list(_first(parent, look, OUT))
+            yield _first(parent, look, OUT)
     for place, words in enumerate(_SINGLE):
-        for parent, _ in _cut(path, words):
-            yield parent, list(_first(parent, look, words)) or _slice(parent, place, look, shapes)
-    for parent, _ in _cut(path, QUERY_KEY_VALUE):
-        yield parent, list(_first(parent, look, QUERY_KEY_VALUE)) or _stack(parent, look, _SINGLE)
-    for parent, _ in _cut(path, KEY_VALUE):
-        yield parent, list(_first(parent, look, KEY_VALUE)) or _stack(parent, look, _SINGLE[1:])
-    for fused, parts in _FUSED_ADDED.items():
-        for parent, _ in _cut(path, (fused,)):
-            above = parent.removesuffix("_attn") if parts[0].startswith("attn_") else parent
-            yield parent, _stack(above, look, [(part,) for part in parts])
+        for parent in _cut(path, words):
+            yield _first(parent, look, words) or _slice(parent, place, look, shapes)
+    for parent in _cut(path, QUERY_KEY_VALUE):
+        yield _first(parent, look, QUERY_KEY_VALUE) or _stack(parent, look, _SINGLE)
+    for parent in _cut(path, KEY_VALUE):
+        yield _first(parent, look, KEY_VALUE) or _stack(parent, look, _SINGLE[1:])
+    for parent in _cut(path, ("to_added_qkv",)):
+        yield _stack(parent, look, [(word,) for word in _ADDED])
+    for parent in _cut(path, ("attn_to_qkv_mlp_proj",)):
+        yield _stack(parent, look, [("attn_to_q",), ("attn_to_k",), ("attn_to_v",), ("proj_mlp",)])
     for spellings in _PAIRS:
         for i in (0, 1):
-            for parent, word in _cut(path, [pair[i] for pair in spellings]):
-                yield parent, _twin(parent, i, word, spellings, look)
+            for parent in _cut(path, [pair[i] for pair in spellings]):
+                yield next((look(f"{parent}_{pair[i]}") for pair in spellings if all(look(f"{parent}_{w}") for w in pair)), [])
     for words in _SAME:
-        for parent, _ in _cut(path, words):
-            yield parent, list(_first(parent, look, words))
+        for parent in _cut(path, words):
+            yield _first(parent, look, words)
 
 
-def _cut(path: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(what stands before, word) for every one of the words that the path ends in."""
-    for word in words:
-        if path.endswith(f"_{word}"):
-            yield path[: -len(word) - 1], word
+def _cut(path: str, words: Sequence[str]) -> Iterator[str]:
+    """What stands before every one of the words that the path ends in."""
+    return (path[: -len(word) - 1] for word in words if path.endswith(f"_{word}"))
 
 
-def _first(parent: str, look: Look, words: Sequence[str]) -> Sequence[Piece]:
-    return next((found for word in words if (found := look(f"{parent}_{word}"))), ())
+def _first(parent: str, look: Look, words: Sequence[str]) -> list[Piece]:
+    return next((found for word in words if (found := look(f"{parent}_{word}"))), [])
 
 
 def _slice(parent: str, place: int, look: Look, shapes: Mapping[str, Sequence[int]]) -> list[Piece]:
     """One projection out of a fused matrix of this parent."""
     for words, count, at in ((QUERY_KEY_VALUE, 3, place), (KEY_VALUE, 2, place - 1)):
-        whole = _first(parent, look, words) if at >= 0 else ()
+        whole = _first(parent, look, words) if at >= 0 else []
         if len(whole) != 1 or whole[0][1] is not None or whole[0][2]:
             continue
         key = whole[0][0]
@@ -99,13 +94,6 @@ def _stack(parent: str, look: Look, roles: Sequence[Sequence[str]]) -> list[Piec
     """The single matrices of a fused one, in row order; [] unless all are there."""
     parts = [_first(parent, look, words) for words in roles]
     return [piece for part in parts for piece in part] if all(parts) else []
-
-
-def _twin(parent: str, i: int, word: str, spellings: Sequence[tuple[str, str]], look: Look) -> list[Piece]:
-    for pair in spellings:
-        if pair[i] != word and all(look(f"{parent}_{one}") for one in pair):
-            return list(look(f"{parent}_{pair[i]}") or ())
-    return []
 
 
 def _joined(pieces: list[Piece], shapes: Mapping[str, Sequence[int]]) -> list[Piece]:
