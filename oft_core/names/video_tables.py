@@ -75,6 +75,16 @@ _WAN_BLOCK = {
     "modulation": ("scale_shift_table",),
 }
 
+def _wan_motion() -> dict[str, tuple[str, ...]]:
+    """The encoder of faces in Wan 2.2 Animate; its blocks are counted from one there and from zero in diffusers."""
+    theirs, ours = "motion_encoder.enc.net_app.convs.", "motion_encoder."
+    table: dict[str, tuple[str, ...]] = {f"{theirs}0.0": (ours + "conv_in",), f"{theirs}8": (ours + "conv_out",)}
+    for n in range(7):
+        for inner, name in (("conv1.0", "conv1"), ("conv2.1", "conv2"), ("skip.1", "conv_skip")):
+            table[f"{theirs}{n + 1}.{inner}"] = (f"{ours}res_blocks.{n}.{name}",)
+    return table | {f"motion_encoder.enc.fc.{n}": (f"{ours}motion_network.{n}",) for n in range(5)}
+
+
 WAN = Layout(
     original_has=(r"blocks\.\d+\.self_attn\.q$", r"head\.head$"),
     other_has=(r"blocks\.\d+\.attn1\.to_q$", r"condition_embedder\.time_proj$"),
@@ -109,6 +119,7 @@ WAN = Layout(
         "img_emb.proj.4": (_CONDITION + "image_embedder.norm2",),
         "head.head": ("proj_out",),
         "head.modulation": ("scale_shift_table",),
+        **_wan_motion(),
         "face_encoder.conv1_local.conv": ("face_encoder.conv1_local",),
         "face_encoder.conv2.conv": ("face_encoder.conv2",),
         "face_encoder.conv3.conv": ("face_encoder.conv3",),
