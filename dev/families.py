@@ -55,7 +55,12 @@ SPELLINGS = {
         "out",
     ),
     "onetrainer": Spelling("OneTrainer", "OneTrainer", (("lora_*_", True, True), ("*.", True, False)), "in"),
-    "peft": Spelling("PEFT, diffusers", "PEFT、diffusers", (("base_model.model.", True, False), ("*.", True, False)), "in"),
+    "peft": Spelling(
+        "PEFT, diffusers, ai-toolkit",
+        "PEFT、diffusers、ai-toolkit",
+        (("base_model.model.", True, False), ("*.", True, False), ("diffusion_model.", True, False)),
+        "in",
+    ),
     "original": Spelling(
         "authors' names", "原作者的名称", (("diffusion_model.", False, False), ("model.diffusion_model.", False, False), ("", False, False)), "out"
     ),
