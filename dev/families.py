@@ -253,7 +253,6 @@ TITLES = {
 PAGES = ("families.md", "zh/families.md")
 _HEADS = ("family", "家族")
 _ABSENT = ("Not in this ComfyUI, so not measured: {}.", "此 ComfyUI 没有，因此未测：{}。")
-BEGIN, END = "<!-- families: python -m dev.families -->", "<!-- end families -->"
 
 
 def measured(names: list[str], columns: list[Column], say: Callable[[str], None] = print) -> tuple[dict, list[str]]:
@@ -271,29 +270,36 @@ def measured(names: list[str], columns: list[Column], say: Callable[[str], None]
 
 
 def table(cells: Mapping[str, list[tuple[str, str]]], absent: list[str], columns: list[Column], chinese: bool) -> str:
-    """The part of a page that is measured, between its two comments."""
+    """The part of a page that is measured: the table, and a line about families that were not measured."""
     at = int(chinese)
     heads = [_HEADS[at], *((c.title, c.title_zh)[at] for c in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += ["| " + " | ".join([TITLES[name], *(cell[at] for cell in row)]) + " |" for name, row in cells.items()]
     if absent:
         lines += ["", _ABSENT[at].format(("、" if chinese else ", ").join(TITLES[name] for name in absent))]
-    return "\n".join([BEGIN, *lines, END])
+    return "\n".join(lines)
+
+
+def _around(text: str, chinese: bool) -> tuple[str, str, str]:
+    """A page before its table, its table with the line about absent families, and the rest."""
+    at, blocks = int(chinese), text.split("\n\n")
+    here = next(i for i, block in enumerate(blocks) if block.startswith(f"| {_HEADS[at]} |"))
+    after = here + 1 + blocks[here + 1].startswith(_ABSENT[at].split("{")[0])
+    return tuple("\n\n".join(part) for part in (blocks[:here], blocks[here:after], blocks[after:]))
 
 
 def committed(page: str, docs: Path = REPO / "docs") -> dict[str, list[str]]:
-    """The rows of a page's table: family -> its cells."""
-    text = (docs / page).read_text("utf-8").split(BEGIN)[1].split(END)[0]
+    """The rows of a page's table, its head too: first cell -> the others."""
+    _, text, _ = _around((docs / page).read_text("utf-8"), page.startswith("zh/"))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: row[1:] for row in rows[1:]}
+    return {row[0]: row[1:] for row in rows}
 
 
 def write(docs: Path, cells: Mapping, absent: list[str], columns: list[Column]) -> None:
     """Put the table into both pages, in place of the one that stands there."""
     for chinese, page in enumerate(PAGES):
-        text = (docs / page).read_text("utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        (docs / page).write_text(before + table(cells, absent, columns, bool(chinese)) + after, "utf-8")
+        before, _, after = _around((docs / page).read_text("utf-8"), bool(chinese))
+        (docs / page).write_text("\n\n".join([before, table(cells, absent, columns, bool(chinese)), after]), "utf-8")
 
 
 def main() -> int:
