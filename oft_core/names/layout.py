@@ -90,8 +90,9 @@ class Layout:
                         yield Alias(f"{there}.{other}", ((path, rows),), swap)
                         if rows:  # OMI's name of a part of a fused matrix
                             yield Alias(f"{path}.{i}", ((path, rows),), further=True)
-                    if original == "linear1" and len(split) > 3 and split[3]:  # ComfyUI's name of the first three
+                    if original == "linear1" and len(split) > 3 and split[3]:  # two parts, as some trainers have them
                         yield Alias(f"{path}_qkv", ((path, (0, split[3][0])),), further=True)
+                        yield Alias(f"{path}_mlp", ((path, split[3]),), further=True)
 
     def _of_other(self, shapes: Shapes) -> Iterator[Alias]:
         for original, others in self.top.items():
@@ -117,6 +118,7 @@ class Layout:
                     yield Alias(path, tuple(parts), swap)
                     if original == "linear1" and len(parts) > 3:
                         yield Alias(f"{path}_qkv", tuple(parts[:3]))
+                        yield Alias(f"{path}_mlp", (parts[3],), further=True)
 
 
 def _has_all(shapes: Shapes, patterns: Sequence[str]) -> bool:

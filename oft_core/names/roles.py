@@ -23,10 +23,10 @@ _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 _SINGLE = (QUERY, KEY, VALUE)
 #: Layers in the same place under other words; a pair counts only if the model has both of one spelling.
 _PAIRS = (
-    (("net_0_proj", "net_2"), ("fc1", "fc2"), ("layer1", "layer2"), ("linear_in", "linear_out"), ("0", "2")),
+    (("net_0_proj", "net_2"), ("fc1", "fc2"), ("fc0", "fc2"), ("layer1", "layer2"), ("linear_in", "linear_out"), ("0", "2")),
     (("in_layer", "out_layer"), ("linear_1", "linear_2"), ("mlp_0", "mlp_2")),
 )
-_SAME = (("linear", "lin"),)
+_SAME = (("linear", "lin"), ("linear2_fc", "linear2_linear", "linear2"))
 
 Piece = tuple[str, tuple[int, int] | None, bool]  # parameter key, rows (start, length) or all, halves exchanged
 Look = Callable[[str], list[Piece]]
@@ -47,7 +47,9 @@ def _readings(path: str, look: Look, shapes: Mapping[str, Sequence[int]]) -> Ite
         if _first(parent, look, (*QUERY, *QUERY_KEY_VALUE)):
             yield _first(parent, look, OUT)
     for place, words in enumerate(_SINGLE):
-        for parent in _cut(path, words):
+        # OMI files number the parts: `qkv.0`.
+        numbered = [f"{word}_{place}" for word in QUERY_KEY_VALUE] + [f"{word}_{place - 1}" for word in KEY_VALUE]
+        for parent in _cut(path, (*words, *numbered)):
             yield _first(parent, look, words) or _slice(parent, place, look, shapes)
     for parent in _cut(path, QUERY_KEY_VALUE):
         yield _first(parent, look, QUERY_KEY_VALUE) or _stack(parent, look, _SINGLE)
@@ -76,17 +78,17 @@ def _first(parent: str, look: Look, words: Sequence[str]) -> list[Piece]:
 
 
 def _slice(parent: str, place: int, look: Look, shapes: Mapping[str, Sequence[int]]) -> list[Piece]:
-    """One projection out of a fused matrix of this parent."""
+    """One projection out of a fused matrix of this parent, or out of rows that are one."""
     for words, count, at in ((QUERY_KEY_VALUE, 3, place), (KEY_VALUE, 2, place - 1)):
         whole = _first(parent, look, words) if at >= 0 else []
-        if len(whole) != 1 or whole[0][1] is not None or whole[0][2]:
+        if len(whole) != 1 or whole[0][2] or not shapes[whole[0][0]]:
             continue
-        key = whole[0][0]
+        key, rows, _ = whole[0]
+        begin, length = rows or (0, shapes[key][0])
         out = _first(parent, look, OUT)
-        beside = shapes[out[0][0]] if len(out) == 1 and out[0][1] is None else ()
-        sizes = attention_sizes(shapes[key][0], count, beside) if shapes[key] else []
+        sizes = attention_sizes(length, count, shapes[out[0][0]] if len(out) == 1 and out[0][1] is None else ())
         if sizes:
-            return [(key, (sum(sizes[:at]), sizes[at]), False)]
+            return [(key, (begin + sum(sizes[:at]), sizes[at]), False)]
     return []
 
 

@@ -217,8 +217,7 @@ def in_other_layout(shapes: dict) -> tuple[dict, dict]:
     found: dict[str, list] = {}
     for alias in other_names(modules):
         (module, rows), *_ = alias.parts
-        further = alias.name.removeprefix(module) in ("_qkv", ".0", ".1", ".2", ".3", ".proj")
-        if not further and not alias.name.startswith("class_embedding"):
+        if not alias.further and not alias.name.startswith("class_embedding"):
             found.setdefault(module, []).append((rows or (0, modules[module][0]), alias))
     there, how = {}, {}
     for module, parts in found.items():

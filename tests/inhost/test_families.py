@@ -141,6 +141,17 @@ def test_fused_names_of_separate_projections(subject: measure.Subject):
             assert rows_of(index, index.resolve(f"transformer.{parent}.{fused}")) == want, f"{parent}.{fused}"
 
 
+def test_numbered_parts_of_fused_matrices(subject: measure.Subject):
+    """OMI's names, which OneTrainer can write: the authors' path and the part's number."""
+    index, parts = index_of(subject), {}
+    for piece in set(subject.diffusers.values()):
+        if piece.rows:
+            parts.setdefault(piece.path, []).append(piece)
+    for path, pieces in parts.items():
+        for n, piece in enumerate(sorted(pieces, key=lambda piece: piece.rows)):
+            assert index.resolve(f"transformer.{path}.{n}") == [target(piece)], path
+
+
 def rows_of(index: NameIndex, targets: list[Target]) -> list[tuple[str, int]]:
     """(parameter, row) in order."""
     out = []
@@ -151,6 +162,40 @@ def rows_of(index: NameIndex, targets: list[Target]) -> list[tuple[str, int]]:
 
 
 # ---------------------------------------------------------------- single families
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "path", "rows"),
+    [
+        # What the authors of HunyuanVideo and HunyuanImage call layers, and what comes of them in files.
+        ("hunyuan_video", "transformer.double_blocks.0.img_attn_qkv", "double_blocks.0.img_attn.qkv", None),
+        ("hunyuan_video", "transformer.double_blocks.0.img_mlp.fc1", "double_blocks.0.img_mlp.0", None),
+        ("hunyuan_video", "transformer.double_blocks.1.txt_mlp.fc0", "double_blocks.1.txt_mlp.0", None),
+        ("hunyuan_video", "lora_unet_double_blocks_0_img_mod_linear", "double_blocks.0.img_mod.lin", None),
+        ("hunyuan_video", "diffusion_model.txt_in.t_embedder.mlp.2", "txt_in.t_embedder.out_layer", None),
+        ("hunyuan_video", "transformer.txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer", None),
+        ("hunyuan_image21", "double_blocks.0.img_attn_k", "double_blocks.0.img_attn.qkv", (64, 64)),
+        ("hunyuan_image21", "lora_unet_double_blocks_1_txt_attn_v", "double_blocks.1.txt_attn.qkv", (128, 64)),
+        ("hunyuan_image21", "single_blocks.0.linear1_k", "single_blocks.0.linear1", (64, 64)),
+        ("hunyuan_image21", "single_blocks.1.linear1_mlp", "single_blocks.1.linear1", (192, 256)),
+        ("hunyuan_image21", "single_blocks.1.linear2.fc", "single_blocks.1.linear2", None),
+        ("flux", "diffusion_model.single_blocks.0.linear1_qkv", "single_blocks.0.linear1", (0, 192)),
+        ("flux2", "diffusion_model.single_blocks.0.linear1_mlp", "single_blocks.0.linear1", (192, 384)),
+        ("flux2", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "single_blocks.0.linear1", None),
+        ("flux", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "single_blocks.0.linear1", None),
+        ("flux", "transformer.transformer_blocks.0.attn.to_added_qkv", "double_blocks.0.txt_attn.qkv", None),
+        ("z_image", "diffusion_model.layers.0.attention.to_k", "layers.0.attention.qkv", (256, 256)),
+        ("z_image", "lora_unet_layers_1_attention_to_out_0", "layers.1.attention.out", None),
+        ("lumina2", "diffusion_model.layers.0.attention.to_v", "layers.0.attention.qkv", (128, 32)),
+        ("stable_audio", "transformer.layers.0.cross_attn.to_v", "transformer.layers.0.cross_attn.to_kv", (768, 768)),
+        ("cascade_c", "unet.down_blocks.0.2.attention.attn.in_proj.1", "down_blocks.0.2.attention.attn.to_k", None),
+        ("wan21_i2v", "transformer.blocks.0.attn2.add_k_proj", "blocks.0.cross_attn.k_img", None),
+    ],
+)
+def test_customary_words(family: str, name: str, path: str, rows):
+    model = every_family.FAMILIES[family].build()
+    found = NameIndex(host_names.shapes_of(model)).resolve(name)
+    assert found == [Target(f"diffusion_model.{path}.weight", rows)]
 
 
 def test_weights_depend_on_names_and_the_seed_alone():
