@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 Shapes = Mapping[str, Sequence[int]]  # dotted module path -> weight shape
@@ -62,11 +62,11 @@ class Layout:
     swapped: frozenset[str] = frozenset()
     swapped_if_two: frozenset[str] = frozenset()
 
-    def names(self, shapes: Shapes) -> list[Alias]:
-        """Every alias of a model that has one of the two spellings; none for any other model."""
-        if _has_all(shapes, self.original_has):
+    def names(self, shapes: Shapes, kinds: Collection[str]) -> list[Alias]:
+        """Every alias of a model that has one of the two spellings; none for any other model. kinds: see `kinds`."""
+        if _has_all(kinds, self.original_has):
             return list(self._of_original(shapes))
-        if _has_all(shapes, self.other_has):
+        if _has_all(kinds, self.other_has):
             return list(self._of_other(shapes))
         return []
 
@@ -121,8 +121,16 @@ class Layout:
                         yield Alias(f"{path}_mlp", (parts[3],), further=True)
 
 
-def _has_all(shapes: Shapes, patterns: Sequence[str]) -> bool:
-    return all(any(map(re.compile(pattern).match, shapes)) for pattern in patterns)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def kinds(shapes: Shapes) -> set[str]:
+    """The module paths with all blocks' numbers alike: far fewer to look through."""
+    return {_NUMBER.sub("0", path) for path in shapes}
+
+
+def _has_all(kinds: Collection[str], patterns: Sequence[str]) -> bool:
+    return all(any(map(re.compile(pattern).match, kinds)) for pattern in patterns)
 
 
 def _numbered(prefix: str) -> str:

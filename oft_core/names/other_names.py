@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from . import picture_tables, video_tables
-from .layout import Alias, Shapes
+from .layout import Alias, Shapes, kinds
 
 
 def other_names(shapes: Shapes) -> Iterator[Alias]:
     """Every name that the modules of one part (diffusion model or text encoder) have in other layouts."""
     yield from _unet_names(shapes)
-    known = False
+    known, paths = False, kinds(shapes)
     for layout in (*video_tables.LAYOUTS, *picture_tables.LAYOUTS):
-        found = layout.names(shapes)
+        found = layout.names(shapes, paths)
         # A second layout that fits has names of which only files know.
         yield from (replace(alias, further=True) for alias in found) if known else found
         known = known or bool(found)
@@ -98,10 +98,11 @@ def _inside(path: str, inside: set[str], resnet: Mapping[str, str]) -> str:
     if "time_stack.in_layers.0" in inside:
         inner = path.removeprefix("time_stack.")
         return f"{_SPATIAL if inner == path else _TEMPORAL}{resnet[inner]}" if inner in resnet else path
-    for ldm, diffusers in _ALONG_TIME:
-        for here, there in ((ldm, diffusers), (diffusers, ldm)):
-            if path.startswith(here):
-                return there + path.removeprefix(here)
+    if path.startswith(("time_", "temporal_")):
+        for ldm, diffusers in _ALONG_TIME:
+            for here, there in ((ldm, diffusers), (diffusers, ldm)):
+                if path.startswith(here):
+                    return there + path.removeprefix(here)
     return resnet.get(path, path)
 
 
