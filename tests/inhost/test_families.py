@@ -70,8 +70,15 @@ def test_every_spelling_leads_to_the_right_rows(subject: measure.Subject):
         assert [path for path in subject.own if path not in covered and not re.fullmatch(beyond, path)] == []
 
 
+turned: set[frozenset[str]] = set()
+
+
 def test_rotations_are_exact(subject: measure.Subject):
-    for spelling in measure.SPELLINGS.values():
+    # Of several families with the same names the first is turned under all of them, the others under the authors'.
+    names = frozenset((*subject.own, *subject.diffusers))
+    spellings = [measure.SPELLINGS["original"]] if names in turned else measure.SPELLINGS.values()
+    turned.add(names)
+    for spelling in spellings:
         assert measure.exact(subject, spelling) == [], spelling.title
 
 
