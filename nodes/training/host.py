@@ -43,8 +43,9 @@ from ...oft_core.training import (
 from ...oft_core.training.dataset import TrainingSet
 from ...oft_core.training.layers import plain_weight
 from ..binding import names, runtime
-from .blocks import blocks_of, copied_input, inputs_kept, plain_attention
+from .blocks import InputCopies, blocks_of, inputs_kept, plain_attention
 from .mode import ordinary_, own_randomness
+from .prediction import Foreseen, foreseen, refuse_unsuited
 from .store import Store, fingerprint
 
 log = logging.getLogger("oft")
@@ -140,6 +141,8 @@ class HostModel:
         self._texts: dict[str, list] = {}
         self._conds: dict[tuple, dict[str, Any]] = {}
         self.objective: Objective | None = None
+        self._found: Foreseen | None = None
+        self._turned: set[int] = set()
         self.index = None
         self._store: Store | None = None
         self._of_vae = self._of_clip = ""
@@ -180,7 +183,7 @@ class HostModel:
                 small = nn.functional.interpolate(
                     mask.permute(2, 0, 1).unsqueeze(0), size=latent.shape[-2:], mode="area"
                 )
-                self.masks[key] = small
+                self.masks[key] = small.view(1, 1, *latent.shape[2:])
             if report is not None:
                 report(i + 1, len(of.records))
 
@@ -202,14 +205,19 @@ class HostModel:
         return latent
 
     def _check_channels(self, latent: torch.Tensor) -> None:
-        wanted = self.base.latent_format.latent_channels
-        if latent.ndim != 4 or latent.shape[1] != wanted:
+        wanted, form = self.base.latent_format.latent_channels, self._form((1, 1))
+        if latent.ndim != len(form) or latent.shape[1] != wanted:
             raise ConfigError(
                 "The VAE belongs to another kind of model",
                 found=f"latents {tuple(latent.shape)}",
-                expected=f"{wanted} channels",
-                hint="Use the VAE that goes with this model. Video models cannot be trained here.",
+                expected=f"{wanted} channels" + (", with frames" if len(form) == 5 else ""),
+                hint="Use the VAE that goes with this model.",
             )
+
+    def _form(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the latent of one picture, size (height, width); a video model's has one frame."""
+        frames = (1,) * (getattr(self.base.latent_format, "latent_dimensions", 2) - 2)
+        return (1, self.base.latent_format.latent_channels, *frames, *size)
 
     def encode_texts(self, texts: Iterable[str]) -> None:
         """Text embeddings of every different text, kept on the CPU. Raises TrainingError for one that is not finite."""
@@ -292,6 +300,7 @@ class HostModel:
         chosen = {part: (models[part], config.select(models[part])) for part, config in parts.items()}
         for model, selection in chosen.values():
             _check_whole(model, selection.modules_to_save)
+            self._turned |= {id(model.get_submodule(c.name)) for c in selection.layers}
         return RotationBank(chosen, seed=seed, device=self.device, weight_of=self._weight_of)
 
     def _encoder_names(self) -> Iterable[str]:
@@ -309,10 +318,14 @@ class HostModel:
         return runtime.as_turned((self.base, self.encoders), module, weight)
 
     @property
+    def kind(self) -> str:
+        """The host's name of this kind of model."""
+        return type(self.base.model_config).__name__
+
+    @property
     def usual_cfg(self) -> float:
-        """CFG of sample pictures: none for models that have guidance built in, or were distilled to do without."""
-        distilled = type(self.base.model_config).__name__ == "FluxSchnell"
-        return 1.0 if distilled or getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
+        """CFG of sample pictures: none for models that have guidance built in."""
+        return 1.0 if getattr(getattr(self.net, "params", None), "guidance_embed", False) else 5.0
 
     @property
     def loss_scale(self) -> float:
@@ -325,19 +338,18 @@ class HostModel:
 
         options: for `Objective`; `sampling` may be "auto". Raises ConfigError for kinds that are not supported.
         """
-        sampling = self.sampling
-        kind = _prediction_of(sampling)
-        if kind == "flow":
-            half = float(sampling.percent_to_sigma(0.5))
-            # Half way through a shifted flow schedule lies shift / (shift + 1).
-            options.setdefault("shift", half / (1 - half))
+        refuse_unsuited(self.base)
+        found = self._found = foreseen(self.sampling)
+        if found.prediction == "flow":
+            options.setdefault("shift", found.shift)
+        else:
+            options["alphas_cumprod"], options["data_std"] = found.alphas_cumprod, found.data_std
+        if found.prediction == "flow" or found.continuous:
             options.pop("min_snr_gamma", None)
             options.pop("noise_offset", None)
-        else:
-            options["alphas_cumprod"] = 1 / (sampling.sigmas.detach().double().cpu().clone() ** 2 + 1)
         if options.get("sampling", "auto") == "auto":
-            options["sampling"] = "logit_normal" if kind == "flow" else "uniform"
-        self.objective = Objective(prediction=kind, **options)
+            options["sampling"] = "logit_normal" if found.prediction == "flow" or found.continuous else "uniform"
+        self.objective = Objective(prediction=found.prediction, **options)
         return self.objective
 
     # --- one forward ---
@@ -348,23 +360,24 @@ class HostModel:
         masks = [self.masks[_place(r)] for r in records]
         if all(m is None for m in masks):
             return Loaded(latents)
-        filled = [torch.ones(1, 1, *latents.shape[-2:]) if m is None else m for m in masks]
+        filled = [torch.ones(1, 1, *latents.shape[2:]) if m is None else m for m in masks]
         return Loaded(latents, torch.cat(filled).to(self.device))
 
     def predict(self, noised: Noised, records: list[Record]) -> torch.Tensor:
         """The model's prediction in the objective's target space, (batch, channels, ...)."""
-        x = self.sampling.noise_scaling(noised.sigma, noised.noise.clone(), noised.x0)
+        sigma = self._found.sigma_of(noised.sigma)
+        x = self.sampling.noise_scaling(sigma, noised.noise.clone(), noised.x0)
         texts = ["" if drop else r.caption for r, drop in zip(records, noised.drop, strict=True)]
         made: dict[str, dict[str, Any]] = {}
         for text in texts:
             if text not in made:
-                made[text] = self._cond(text, x[:1], noised.sigma[:1])
+                made[text] = self._cond(text, x[:1], sigma[:1])
         conds = [made[text] for text in texts]
         if all(_fit_together(conds[0], c) for c in conds[1:]):
-            denoised = self._denoise(x, noised.sigma, conds)
+            denoised = self._denoise(x, sigma, conds)
         else:
             # Prompts of different lengths: one after the other.
-            each = [self._denoise(x[i : i + 1], noised.sigma[i : i + 1], [c]) for i, c in enumerate(conds)]
+            each = [self._denoise(x[i : i + 1], sigma[i : i + 1], [c]) for i, c in enumerate(conds)]
             denoised = torch.cat(each)
         return self.objective.from_denoised(denoised, noised)
 
@@ -373,7 +386,7 @@ class HostModel:
         return self.base.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat(conds))
 
     def _cond(self, text: str, like: torch.Tensor, sigma: torch.Tensor) -> dict[str, Any]:
-        """What the model is told for one text and picture size; `like`: (1, channels, height, width)."""
+        """What the model is told for one text and picture size; `like`: one latent."""
         key = (text, tuple(like.shape))
         if key in self._conds:
             return self._conds[key]
@@ -395,16 +408,17 @@ class HostModel:
     def around(self) -> Iterator[None]:
         """Gradient checkpointing of the model's blocks, and copies where its code works in place."""
         roots = [self.net, *([self.encoders] if self.train_encoders else [])]
+        copies = InputCopies()
         blocks = [b for root in roots for b in blocks_of(root)] if self.low_vram != "off" else []
         handles = []
         try:
             for root in roots:
                 handles += [
-                    m.register_forward_pre_hook(copied_input)
+                    m.register_forward_pre_hook(copies)
                     for m in root.modules()
-                    if "norm" in type(m).__name__.lower() and not isinstance(m, nn.GroupNorm)
+                    if id(m) in self._turned or "norm" in type(m).__name__.lower() and not isinstance(m, nn.GroupNorm)
                 ]
-            with inputs_kept(blocks), checkpointing(blocks):
+            with copies.of_functions(), inputs_kept(blocks), checkpointing(blocks):
                 yield
         finally:
             for handle in handles:
@@ -413,9 +427,9 @@ class HostModel:
     # --- sampling ---
 
     def sample_latent(self, text: str, plan: SamplePlan, size: tuple[int, int], seed: int) -> torch.Tensor:
-        """One picture as a VAE latent (1, channels, h, w), by ComfyUI's own sampler; size: (width, height)."""
+        """One picture as a VAE latent of the model's shape, by ComfyUI's own sampler; size: (width, height)."""
         ratio = self._ratio()
-        empty = torch.zeros(1, self.base.latent_format.latent_channels, size[1] // ratio, size[0] // ratio)
+        empty = torch.zeros(self._form((size[1] // ratio, size[0] // ratio)))
         self.encode_texts([text, plan.negative])
         with own_randomness(seed), torch.no_grad():
             noise = comfy.sample.prepare_noise(empty, seed)
@@ -548,24 +562,3 @@ def _ordinary(value: Any) -> Any:
 
 def _fit_together(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a.keys() == b.keys() and all(a[k].can_concat(b[k]) for k in a)
-
-
-def _prediction_of(sampling: Any) -> str:
-    """eps, v or flow: the target whose prediction the host turns into exactly the clean picture."""
-    clean = torch.linspace(-1, 1, 12).reshape(1, 1, 3, 4)
-    noise = torch.linspace(2, -3, 12).reshape(1, 1, 3, 4) ** 2 / 4
-    sigma = torch.tensor([0.6])
-    try:
-        x = sampling.noise_scaling(sigma, noise.clone(), clean.clone())
-        signal = 1 / (1 + sigma**2) ** 0.5
-        targets = {"eps": noise, "v": signal * noise - sigma * signal * clean, "flow": noise - clean}
-        for kind, target in targets.items():
-            if torch.allclose(sampling.calculate_denoised(sigma, target, x), clean, atol=1e-5):
-                return kind
-    except (AttributeError, TypeError) as error:
-        raise ConfigError("This model's way of sampling is not known", found=str(error)) from error
-    raise ConfigError(
-        "This kind of model cannot be trained here",
-        found=type(sampling).__mro__[1].__name__,
-        expected="a model that predicts noise, velocity or flow (SD 1.x, SD 2.x, SDXL, SD3, Flux)",
-    )

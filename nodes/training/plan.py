@@ -15,8 +15,8 @@ from ...oft_core.training.presets import TRAIN_PRESETS
 from ...oft_core.training.selection import PRESETS as TARGETS
 from .host import ENCODERS, T5, UNET, SamplePlan
 
-# What is trained of text encoders: the attention layers, as they are called in CLIP and in T5.
-ENCODER_TARGETS = {ENCODERS: "attention", T5: r"(.*\.)?SelfAttention\.[qkvo]"}
+# What is trained of text encoders: the attention layers, as they are called in CLIP (and language models) and in T5.
+ENCODER_TARGETS = {ENCODERS: r"(.*\.)?self_attn\.([qkv]_proj|out_proj)", T5: r"(.*\.)?SelfAttention\.[qkvo]"}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ...oft_core.atomic import atomically, remove_partials
 from ...oft_core.training import ConfigError, Progress, Record, StateError, Trainer, TrainingError
 from ...oft_core.training.checkpoint import saved_states
 from ...oft_core.training.dataset import TrainingSet, from_pillow, to_pillow
+from ...oft_core.training.distilled import few_steps, remark
 from ...oft_core.training.selection import Selection
 from ..binding import folders
 from ..binding.files import RUN, header, listed, new_file
@@ -86,8 +87,9 @@ class Run:
             guidance=plan.guidance,
             train_encoders=bool(plan.encoders),
         )
+        self.few_steps = few_steps(self.base_file.name if self.base_file else "", self.host.kind)
         if not plan.samples.cfg:
-            samples = dataclasses.replace(plan.samples, cfg=self.host.usual_cfg)
+            samples = dataclasses.replace(plan.samples, cfg=1.0 if self.few_steps else self.host.usual_cfg)
             self.plan = dataclasses.replace(plan, samples=samples)
         self.identity = {
             "model": identity(model),
@@ -175,6 +177,8 @@ class Run:
         for selection, found in self._selections():
             for line in selection.unmatched(found):
                 log.warning("OFT: %s", line)
+        for line in self._remarks():
+            log.warning("OFT: %s", line)
         trainer = self.trainer = Trainer(
             bank,
             settings,
@@ -347,7 +351,7 @@ class Run:
             self._say(f"Stopped after {done}. Kept as {listed(self.path)}; queue again to go on.")
 
     def _metadata(self) -> dict[str, str]:
-        plan, trainer, base = self.plan, self.trainer, self.host.base
+        plan, trainer = self.plan, self.trainer
         captions = sorted({r.caption for r in self.dataset.records})
         settings = {
             "oft": plan.oft.to_dict(),
@@ -361,11 +365,11 @@ class Run:
         return {
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.title": self.path.stem.rstrip("_"),
-            "modelspec.architecture": f"{type(base.model_config).__name__}/oft",
+            "modelspec.architecture": f"{self.host.kind}/oft",
             "modelspec.trigger_phrase": self.dataset.trigger,
             "modelspec.prediction_type": trainer.objective.prediction,
             "modelspec.resolution": f"{self.dataset.resolution}x{self.dataset.resolution}",
-            "ss_base_model_version": type(base.model_config).__name__,
+            "ss_base_model_version": self.host.kind,
             **self.base_metadata,
             "ss_network_module": "oft",
             "ss_steps": str(trainer.step),
@@ -387,6 +391,10 @@ class Run:
             yield selection, found
             found = found | set(selection.patterns)
 
+    def _remarks(self) -> list[str]:
+        """What is to be known of this model."""
+        return [remark(self.few_steps)] if self.few_steps else []
+
     def _report(self, adapter: Adapter, seconds: float) -> str:
         trainer = self.trainer
         done = trainer.step - self.resumed
@@ -400,6 +408,7 @@ class Run:
             f"Prediction: {trainer.objective.prediction}. Prior: {self.plan.prior}.",
         ]
         lines += [selection.report(found) for selection, found in self._selections()]
+        lines += self._remarks()
         lines += trainer.notes
         lines += self.dataset.notes
         if self.store.found:

@@ -1,7 +1,8 @@
 """What is predicted, at which noise level, and how much each error counts. Pure functions, and one small class that holds the choices.
 
 Forward process: x_t = signal * x0 + spread * noise. Discrete models (``eps``, ``v``): signal = sqrt(a), spread = sqrt(1 - a) for the
-cumulative product a of a timestep. Flow models: signal = 1 - s, spread = s for s in (0, 1]. Every random number depends only on
+cumulative product a of a timestep. EDM models (Karras et al. 2022, arXiv 2206.00364) are ``v`` on latents divided by their ``data_std``:
+their network's target is v up to its sign. Flow models: signal = 1 - s, spread = s for s in (0, 1]. Every random number depends only on
 (seed, step, slot): slot is the position of an item in the whole batch of a step, accumulated parts included.
 """
 
@@ -63,8 +64,8 @@ def per_sample_error(prediction: Tensor, target: Tensor, mask: Tensor | None = N
 class Noised:
     """A batch as the model gets it. Everything (batch, ...) or (batch,), on the latents' device, float32.
 
-    x0: latents.  noise.  x_t: noised latents.  signal, spread: see the module's text.  sigma: spread / signal for eps and v (so that
-    x_t / signal = x0 + sigma * noise), s for flow.  timestep: 0..999 as the model counts.  drop: items that get the empty caption.
+    x0: latents.  noise.  x_t: noised latents.  signal, spread: see the module's text.  sigma: data_std * spread / signal for eps and v
+    (so that data_std * x_t / signal = x0 + sigma * noise), s for flow.  timestep: 0..999 as the model counts.  drop: items that get the empty caption.
     """
 
     x0: Tensor
@@ -81,7 +82,7 @@ class Noised:
 class Objective:
     """The choices. ``prediction``: eps, v or flow, as the model was trained.
 
-    alphas_cumprod: (steps,) for eps and v; SD's schedule if None.   sampling: of noise levels: ``uniform`` or ``logit_normal``
+    alphas_cumprod: (steps,) for eps and v; SD's schedule if None.   data_std: of the latents, as EDM models count it; 1 for others.   sampling: of noise levels: ``uniform`` or ``logit_normal``
     (with ``logit_mean`` and ``logit_std``).   shift: of flow levels; a number, or ``resolution`` for Flux's rule.
     low, high: part of the noise levels that is trained, 0..1.   min_snr_gamma: 0 for none, eps and v only; 5 is usual.
     noise_offset: strength of a constant added to every channel's noise, eps and v only.   caption_dropout: share of items that get
@@ -90,6 +91,7 @@ class Objective:
 
     prediction: str = "eps"
     alphas_cumprod: Tensor | None = field(default=None, compare=False)
+    data_std: float = 1.0
     sampling: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -113,6 +115,7 @@ class Objective:
         need("low", 0 <= self.low < self.high <= 1, "0 <= low < high <= 1")
         need("min_snr_gamma", self.min_snr_gamma >= 0 and not (flow and self.min_snr_gamma), "0 or more, and 0 for flow models")
         need("noise_offset", not (flow and self.noise_offset), "0 for flow models")
+        need("data_std", self.data_std > 0 and (self.data_std == 1 or self.prediction == "v"), "more than 0, and 1 except for v models")
         need("caption_dropout", 0 <= self.caption_dropout <= 1, "0 to 1")
         need("logit_std", self.logit_std > 0, "more than 0")
         if not flow and self.alphas_cumprod is None:
@@ -121,6 +124,8 @@ class Objective:
     def fingerprint(self) -> dict[str, object]:
         """Plain values that a resumed run must share."""
         out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "alphas_cumprod"}
+        if self.data_std == 1:
+            del out["data_std"]  # states of versions without it go on
         if self.alphas_cumprod is not None:
             raw = self.alphas_cumprod.detach().cpu().double().numpy().tobytes()
             out["alphas_cumprod"] = hashlib.sha256(raw).hexdigest()[:16]
@@ -144,8 +149,12 @@ class Objective:
         signal, spread, sigma, timestep = (t.to(x0.device) for t in self.levels(level, x0.shape[-2:]))
         x0, eps = x0.float(), torch.stack(noise).to(x0.device)
         shape = (-1, *[1] * (x0.ndim - 1))
-        x_t = signal.view(shape) * x0 + spread.view(shape) * eps
+        x_t = signal.view(shape) * self._scaled(x0) + spread.view(shape) * eps
         return Noised(x0, eps, x_t, signal, spread, sigma, timestep, drop)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """In units of their standard deviation."""
+        return latents if self.data_std == 1 else latents / self.data_std
 
     def levels(self, level: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noise level 0..1 (batch,) -> (signal, spread, sigma, timestep), float32; ``size``: the latents' last two dimensions."""
@@ -158,7 +167,7 @@ class Objective:
         index = (level * count).long().clamp_max(count - 1)
         a = self.alphas_cumprod.cpu().double()[index]
         signal, spread = a.sqrt().float(), (1 - a).sqrt().float()
-        return signal, spread, (spread / signal.clamp_min(1e-8)), index
+        return signal, spread, self.data_std * (spread / signal.clamp_min(1e-8)), index
 
     # ---------------------------------------------------------------- target and weight
 
@@ -169,18 +178,19 @@ class Objective:
         if self.prediction == "flow":
             return n.noise - n.x0
         shape = (-1, *[1] * (n.x0.ndim - 1))
-        return n.signal.view(shape) * n.noise - n.spread.view(shape) * n.x0
+        return n.signal.view(shape) * n.noise - n.spread.view(shape) * self._scaled(n.x0)
 
     def from_denoised(self, denoised: Tensor, n: Noised) -> Tensor:
         """A prediction of x0 (what ComfyUI's ``apply_model`` returns) as a prediction of ``target``."""
         shape = (-1, *[1] * (denoised.ndim - 1))
         signal, spread = n.signal.view(shape), n.spread.view(shape)
-        noise = (n.x_t - signal * denoised.float()) / spread.clamp_min(1e-8)
+        clean = self._scaled(denoised.float())
+        noise = (n.x_t - signal * clean) / spread.clamp_min(1e-8)
         if self.prediction == "eps":
             return noise
         if self.prediction == "flow":
-            return noise - denoised.float()
-        return signal * noise - spread * denoised.float()
+            return noise - clean
+        return signal * noise - spread * clean
 
     def weight(self, n: Noised) -> Tensor:
         """Weight of each item's error, float32 (batch,)."""

@@ -12,21 +12,16 @@ from torch import nn
 
 from .errors import ConfigError
 from .options import OFTOptions
+from .roles import ATTENTION, FEED_FORWARD, TEXT, roles
 
 ALL_LINEAR, ALL_CONV = "all-linear", "all-conv"
-#: Layers to train by name, as regular expressions over module names of ComfyUI, diffusers and transformers models. text-attention:
-#: what attention takes from the text: keys and values of cross-attention (the layers of Custom Diffusion, Kumari et al. 2023,
-#: arXiv 2212.04488), or the text's own projections where text and picture attend jointly (SD3, Flux, Qwen-Image).
-PRESETS: dict[str, str] = {
-    "text-attention": r"(.*\.)?(attn2\.to_[kv]|(context_block\.attn|txt_attn)\.(qkv|proj)|add_[qkv]_proj|to_add_out)",
-    "attention": (
-        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn2?)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
-        r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear1)"
-    ),
-    "attention+ff": (
-        r"(.*\.)?(to_q|to_k|to_v|to_out\.0|(img_attn|txt_attn|attn2?)\.(qkv|proj)|self_attn\.(q_proj|k_proj|v_proj|out_proj)"
-        r"|add_[qkv]_proj|to_add_out|single_blocks\.\d+\.linear[12]|ff\.net\.(0\.proj|2)|(img_mlp|txt_mlp)\.[02]|mlp\.fc[12])"
-    ),
+#: Layers to train by what they are for. text-attention: what attention takes from the text: keys and values of cross-attention (the
+#: layers of Custom Diffusion, Kumari et al. 2023, arXiv 2212.04488), or the text's own projections where text and picture attend
+#: jointly (SD3, Flux, Qwen-Image).
+PRESETS: dict[str, tuple[str, ...]] = {
+    "text-attention": (TEXT,),
+    "attention": (ATTENTION,),
+    "attention+ff": (ATTENTION, FEED_FORWARD),
 }
 #: Preset -> what is taken for a model without such layers.
 WIDER = {"text-attention": "attention"}
@@ -129,10 +124,10 @@ def select(config: OFTOptions, model: nn.Module) -> Selection:
     """
     target = config.target_modules
     wider = WIDER.get(target) if isinstance(target, str) else None
-    if wider and not any(re.fullmatch(PRESETS[target], name) for name, _ in model.named_modules()):
+    chooser = _Chooser(config, model)
+    if wider and not chooser.presets[target]:
         note = f"This model has no layers for '{target}': '{wider}' is trained."
         return dataclasses.replace(select(dataclasses.replace(config, target_modules=wider), model), config=config, note=note)
-    chooser = _Chooser(config)
     chosen: list[LayerChoice] = []
     skipped: dict[str, str] = {}
     attention_children = _projections_of_attention(model)
@@ -171,8 +166,10 @@ def select(config: OFTOptions, model: nn.Module) -> Selection:
 class _Chooser:
     """How one configuration judges the layers of a model."""
 
-    def __init__(self, config: OFTOptions):
+    def __init__(self, config: OFTOptions, model: nn.Module):
         self.config = config
+        by_role = roles(model, (n for n, m in model.named_modules() if _kind(m) == "linear"))
+        self.presets = {preset: frozenset().union(*(by_role[r] for r in wanted)) for preset, wanted in PRESETS.items()}
 
     def patterns(self, model: nn.Module, chosen: list[LayerChoice]) -> dict[tuple[str, str], bool]:
         """(option, one of its names, numbers or patterns) -> whether it has chosen, left out or set anything."""
@@ -189,7 +186,7 @@ class _Chooser:
             given = getattr(self.config, option)
             for one in [given] if isinstance(given, str) else given or ():
                 each = given if isinstance(given, str) else [one]
-                found[option, one] = any(_chosen_by(each, n, m) for n, m in among.items())
+                found[option, one] = any(self._chosen_by(each, n, m) for n, m in among.items())
         for pattern in self.config.rank_pattern:
             found["rank_pattern", pattern] = any(_rank_named(pattern, c.name) for c in chosen)
         if self.config.layers_to_transform is not None:
@@ -199,6 +196,17 @@ class _Chooser:
             for pattern in self._layer_lists():
                 found["layers_pattern", pattern] = any(re.match(_in_list(pattern), n) for n in targets)
         return found
+
+    def _chosen_by(self, patterns: Sequence[str] | str, name: str, module: nn.Module) -> bool:
+        """Whether a layer is of those that an option names: as ``_matches``, or by 'all-linear', 'all-conv' or a preset."""
+        if isinstance(patterns, str):
+            if patterns.lower() == ALL_LINEAR:
+                return _kind(module) == "linear"
+            if patterns.lower() == ALL_CONV:
+                return _is_conv(module)
+            if patterns in self.presets:
+                return name in self.presets[patterns]
+        return _matches(patterns, name)
 
     def refuse_numbers(self, model: nn.Module) -> None:
         """Raises ConfigError if 'target_modules' alone had found layers, so that the numbers of blocks are at fault."""
@@ -217,16 +225,16 @@ class _Chooser:
         )
 
     def wants(self, name: str, module: nn.Module) -> bool:
-        if self.config.exclude_modules and _chosen_by(self.config.exclude_modules, name, module):
+        if self.config.exclude_modules and self._chosen_by(self.config.exclude_modules, name, module):
             return False
         return self._conv_wanted(name, module) or self._targeted(name, module)
 
     def _conv_wanted(self, name: str, module: nn.Module) -> bool:
-        return bool(self.config.conv_modules) and _is_conv(module) and _chosen_by(self.config.conv_modules, name, module)
+        return bool(self.config.conv_modules) and _is_conv(module) and self._chosen_by(self.config.conv_modules, name, module)
 
     def _named(self, name: str, module: nn.Module) -> bool:
         """Whether 'target_modules' names it, in a block of any number."""
-        return bool(self.config.target_modules) and _chosen_by(self.config.target_modules, name, module)
+        return bool(self.config.target_modules) and self._chosen_by(self.config.target_modules, name, module)
 
     def _targeted(self, name: str, module: nn.Module) -> bool:
         return self._named(name, module) and (not self._wanted_numbers() or self._layer_number(name) in self._wanted_numbers())
@@ -309,17 +317,6 @@ def _matches(patterns: Sequence[str] | str, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith("." + p) for p in patterns)
-
-
-def _chosen_by(patterns: Sequence[str] | str, name: str, module: nn.Module) -> bool:
-    """Whether a layer is of those that an option names: as ``_matches``, or by 'all-linear', 'all-conv' or a preset."""
-    if isinstance(patterns, str):
-        if patterns.lower() == ALL_LINEAR:
-            return _kind(module) == "linear"
-        if patterns.lower() == ALL_CONV:
-            return _is_conv(module)
-        return _matches(PRESETS.get(patterns, patterns), name)
-    return _matches(patterns, name)
 
 
 def _in_list(pattern: str) -> str:

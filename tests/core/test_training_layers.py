@@ -707,26 +707,52 @@ def test_fan_in_fan_out_of_ordinary_layers_is_explained_and_has_no_effect():
     assert "fan_in_fan_out has no effect" in OFTConfig(oft_block_size=4, fan_in_fan_out=True, **TARGETS).select(model).report()
 
 
+def model_of(names, width=8):
+    """A model with linear layers of these names; "name:12" is one that reads 12 numbers."""
+    model = nn.Module()
+    for name in names:
+        name, _, wide = name.partition(":")
+        where = model
+        for part in name.split(".")[:-1]:
+            if part not in dict(where.named_children()):
+                where.add_module(part, nn.Module())
+            where = where.get_submodule(part)
+        where.add_module(name.split(".")[-1], nn.Linear(int(wide or width), width))
+    return model
+
+
+NEITHER = ("time_embed.0", "out.2", "blocks.0.norm1", "x.proj_in", "final_layer.linear", "time_in.mlp.0", "double_blocks.0.img_mod.lin")
+
+
 @pytest.mark.parametrize(
-    "names",
+    ("attention", "forward"),
     [
-        ["input_blocks.1.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn2.to_out.0"],
-        ["double_blocks.0.img_attn.qkv", "double_blocks.3.txt_attn.proj", "single_blocks.2.linear1"],
-        ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj"],
-        ["joint_blocks.0.x_block.attn2.qkv", "joint_blocks.0.x_block.attn2.proj"],  # SD 3.5 medium's second attention
-        ["text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.out_proj"],
-        ["transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_add_out"],
+        (["input_blocks.1.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn2.to_out.0"],
+         ["middle_block.1.transformer_blocks.0.ff.net.0.proj", "middle_block.1.transformer_blocks.0.ff.net.2"]),
+        (["double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "single_blocks.2.linear1"],
+         ["double_blocks.0.img_mlp.0", "double_blocks.0.txt_mlp.2", "single_blocks.2.linear2"]),
+        (["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj"],
+         ["joint_blocks.0.x_block.mlp.fc1", "joint_blocks.0.context_block.mlp.fc2"]),
+        # SD 3.5 medium's second attention
+        (["joint_blocks.0.x_block.attn2.qkv", "joint_blocks.0.x_block.attn2.proj"], ["joint_blocks.0.x_block.mlp.fc1"]),
+        (["text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.out_proj"],
+         ["text_model.encoder.layers.0.mlp.fc1"]),
+        (["transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_add_out"],
+         ["transformer_blocks.0.img_mlp.net.0.proj", "transformer_blocks.0.txt_mlp.net.2"]),
+        (["layers.0.attention.qkv", "layers.0.attention.out"], ["layers.0.feed_forward.w1", "layers.0.feed_forward.w3"]),
+        (["blocks.0.self_attn.q", "blocks.0.cross_attn.o"], ["blocks.0.ffn.0", "blocks.0.ffn.2"]),
+        (["double_layers.0.attn.w1q", "double_layers.0.attn.w2o"], ["double_layers.0.mlpC.c_fc1", "double_layers.0.mlpX.c_proj"]),
+        (["blocks.0.attn1.Wqkv", "blocks.0.attn2.kv_proj"], ["blocks.0.mlp.fc1"]),
+        (["visual_transformer_blocks.0.self_attention.to_query"], ["visual_transformer_blocks.0.feed_forward.in_layer"]),
+        (["blocks.0.self_attn.output_proj", "blocks.0.cross_attn.q_proj"], ["blocks.0.mlp.layer1"]),
     ],
-)
-def test_presets_know_the_families(names):
-    import re
-
-    from oft_core.training import PRESETS
-
-    for label, preset in PRESETS.items():
-        if label != "text-attention":
-            assert all(re.fullmatch(preset, n) for n in names)
-        assert not any(re.fullmatch(preset, n) for n in ("time_embed.0", "out.2", "blocks.0.norm1", "x.proj_in", "final_layer.linear"))
+)  # fmt: skip
+def test_presets_find_the_layers_of_all_families(attention, forward):
+    others = [*NEITHER, "blocks.0.adaln_modulation_self_attn.1", "layers.0.attention.q_norm", "layers.0.adaLN_modulation.1"]
+    model = model_of([*attention, *forward, *others])
+    for preset, wanted in (("attention", {*attention}), ("attention+ff", {*attention, *forward})):
+        selection = OFTConfig(oft_block_size=4, target_modules=preset).select(model)
+        assert {c.name for c in selection.layers} == wanted
 
 
 @pytest.mark.parametrize(
@@ -736,20 +762,25 @@ def test_presets_know_the_families(names):
         (["double_blocks.0.txt_attn.qkv", "double_blocks.0.txt_attn.proj"], ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]),
         (["joint_blocks.0.context_block.attn.qkv"], ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.attn2.qkv"]),
         (["transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_add_out"], ["transformer_blocks.0.attn.to_k"]),
+        (["blocks.0.cross_attn.k", "blocks.0.cross_attn.v_img"], ["blocks.0.cross_attn.q", "blocks.0.self_attn.k"]),
+        (["b.0.attn2.kv_proj"], ["b.0.attn2.q_proj", "b.0.attn1.Wqkv"]),
+        (["blocks.0.attn.qkv_y", "blocks.0.attn.proj_y"], ["blocks.0.attn.qkv_x"]),
+        (["double_layers.0.attn.w1q", "double_layers.0.attn.w1o"], ["double_layers.0.attn.w2q", "single_layers.0.attn.w1q"]),
+        (["blocks.0.attn1.to_q_t", "blocks.0.attn1.to_out_t"], ["blocks.0.attn1.to_q", "blocks.0.attn1.to_out"]),
     ],
-    ids=["cross-attention", "flux", "sd3", "diffusers"],
+    ids=["cross-attention", "flux", "sd3", "diffusers", "wan", "hunyuan-dit", "mochi", "auraflow", "hidream"],
 )
 def test_text_attention_is_what_the_text_passes(text, picture):
     """The layers on real models: `text_attention_is_where_the_text_goes` in the host's checks."""
-    model = nn.Module()
-    for name in text + picture:
-        where = model
-        for part in name.split(".")[:-1]:
-            where.add_module(part, where.get_submodule(part) if part in dict(where.named_children()) else nn.Module())
-            where = where.get_submodule(part)
-        where.add_module(name.split(".")[-1], nn.Linear(8, 8))
+    model = model_of(text + picture)
     selection = OFTConfig(oft_block_size=4, target_modules="text-attention").select(model)
     assert {c.name for c in selection.layers} == set(text) and not selection.note
+
+
+def test_attention_to_something_of_another_width_is_attention_to_the_text():
+    text, picture = ["b.1.attn.to_k.0:6", "b.1.attn.to_v.0:6"], ["b.1.attn.to_q.0:8", "b.0.attn.to_q.0:8", "b.0.attn.to_k.0:8"]
+    selection = OFTConfig(oft_block_size=2, target_modules="text-attention").select(model_of(text + picture))
+    assert {c.name for c in selection.layers} == {n.partition(":")[0] for n in text}
 
 
 def test_a_model_without_layers_for_the_text_is_trained_in_all_of_its_attention_and_that_is_said():

@@ -52,6 +52,32 @@ def test_forward_process_target_and_conversion_agree(prediction):
         torch.testing.assert_close(n.signal.square().double(), objective.alphas_cumprod[n.timestep], rtol=1e-5, atol=1e-6)
 
 
+def test_edm_is_v_of_latents_in_units_of_their_deviation():
+    """Against the preconditioning of Karras et al. (2022), table 1: F = (x0 - c_skip (x0 + sigma n)) / c_out; F is -v."""
+    std = 0.5
+    sigmas = torch.linspace(math.log(0.002), math.log(80), 1000, dtype=torch.float64).exp()
+    objective = Objective(prediction="v", alphas_cumprod=1 / ((sigmas / std) ** 2 + 1), data_std=std)
+    n = objective.noised(X0, 1, 2, range(4))
+    torch.testing.assert_close(n.sigma.double(), sigmas[n.timestep], rtol=1e-4, atol=1e-7)
+    sigma, x0, noise = n.sigma.view(-1, 1, 1, 1).double(), X0.double(), n.noise.double()
+    skip, out = std**2 / (sigma**2 + std**2), sigma * std / (sigma**2 + std**2).sqrt()
+    network = (x0 - skip * (x0 + sigma * noise)) / out
+    torch.testing.assert_close(-objective.target(n).double(), network, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(objective.from_denoised(X0, n), objective.target(n), rtol=1e-3, atol=1e-3)
+    # An error of the network is the same error here, at every noise level.
+    off = torch.full_like(x0, 0.1)
+    denoised = skip * (x0 + sigma * noise) + out * (network + off)
+    error = objective.from_denoised(denoised.float(), n) - objective.target(n)
+    torch.testing.assert_close(-error.double(), off, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ConfigError, match="data_std"):
+        Objective(prediction="flow", data_std=0.5)
+
+
+def test_states_of_versions_without_data_std_go_on():
+    assert "data_std" not in Objective().fingerprint()
+    assert Objective(prediction="v", data_std=0.5).fingerprint()["data_std"] == 0.5
+
+
 def test_random_numbers_depend_on_seed_step_and_slot_only():
     objective = Objective(caption_dropout=0.5)
     whole = objective.noised(X0, 5, 9, range(4))

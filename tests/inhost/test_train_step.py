@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from comfyui_oft.nodes.binding import apply as host
 from comfyui_oft.nodes.training import blocks as train_blocks
 from comfyui_oft.nodes.training import host as train_host
 from comfyui_oft.nodes.training import mode as train_mode
+from comfyui_oft.nodes.training import run as train_run
 from comfyui_oft.oft_core import Strength
 from comfyui_oft.oft_core.training import (
     ConfigError,
@@ -41,6 +43,8 @@ from learning import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+
+from dev.inprocess import work_dir
 
 
 def test_checkpointing_changes_nothing():
@@ -498,7 +502,20 @@ def test_what_is_left_to_the_model():
         return train_host.HostModel.usual_cfg.fget(SimpleNamespace(base=base, net=net))
 
     flux = comfy.supported_models
-    assert [usual_cfg(flux.FluxSchnell, False), usual_cfg(flux.Flux, True), usual_cfg(flux.SD3, False)] == [1, 1, 5]
+    assert [usual_cfg(flux.Flux, True), usual_cfg(flux.SD3, False)] == [1, 5]
+
+
+def test_a_model_distilled_to_few_steps_is_known_and_said(monkeypatch):
+    """By the name of its file; samples are drawn without CFG, and the report says what helps."""
+    fresh_user()
+    config = {"sample_cfg": 0.0}
+    assert a_run(config=config, steps=2).plan.samples.cfg == 5
+    file = Path(tempfile.mkdtemp(dir=work_dir())) / "sd_turbo_lightning.safetensors"
+    file.write_bytes(b"a checkpoint")
+    monkeypatch.setattr(train_run, "model_file", lambda *_: file)
+    run = a_run(config=config, steps=2)
+    assert run.plan.samples.cfg == 1
+    assert "distilled to few steps ('turbo')" in go(run).report
 
 
 def test_text_encoders_train():
