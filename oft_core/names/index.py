@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .families import family_of_model
 from .other_names import other_names
-from .roles import Piece, other_words
+from .words import Piece, other_words
 from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
 
 
