@@ -1,13 +1,14 @@
 """Which model families work, measured on tiny models of each: the table of docs/families.md.
 
-usage: python -m dev.families HOST_DIR [--write docs] [--only NAME ...]     (with the host's Python; about a minute)
+usage: python -m dev.families HOST_DIR [--write docs] [--only NAME ...]     (with the host's Python; about five minutes)
 
-A column is a `Column`; what else is measured (training, saving) is added to `COLUMNS`.
+What is measured are the `Column`s of `LOADING` and `TRAINING`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -224,7 +225,38 @@ def _exact(subject: Subject) -> tuple[str, str]:
     return ("no", "否") if wrong else ("yes", "是")
 
 
-COLUMNS: list[Column] = [*map(_loading, SPELLINGS.values()), Column("exact", "精确", _exact)]
+@functools.cache
+def _learnt(name: str) -> Any:
+    """A `family_training.Learnt`, or None where Train OFT refuses the family."""
+    import every_family
+    import family_training
+    from comfyui_oft.oft_core.training import ConfigError
+
+    try:
+        return family_training.learnt(every_family.FAMILIES[name])
+    except ConfigError:
+        return None
+
+
+def _trains(subject: Subject) -> tuple[str, str]:
+    seen = _learnt(subject.family.name)
+    if seen is None:
+        return "refused", "拒绝"
+    learns = seen.after < 0.999 * seen.before and seen.resumed and seen.unchanged
+    drawn = seen.picture < 0.0045 < seen.moved  # half a step of 8 bits, and rounding of merged weights
+    return ("yes", "是") if learns and drawn else ("no", "否")
+
+
+def _read_back(subject: Subject) -> tuple[str, str]:
+    seen = _learnt(subject.family.name)
+    if seen is None:
+        return "–", "–"
+    return ("yes", "是") if seen.read_back else ("no", "否")
+
+
+LOADING = [*map(_loading, SPELLINGS.values()), Column("exact", "精确", _exact)]
+TRAINING = [Column("trains", "可训练", _trains), Column("file read back bit-equal", "文件读回逐位相同", _read_back)]
+COLUMNS = [*LOADING, *TRAINING]
 
 #: Entry of `every_family` -> what people call it. Entries that a ComfyUI lacks stand below the table.
 TITLES = {

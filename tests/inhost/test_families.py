@@ -11,6 +11,7 @@ import every_family
 import pytest
 import torch
 from comfyui_oft.nodes.binding import names as host_names
+from comfyui_oft.nodes.training.prediction import UNSUITED
 from comfyui_oft.oft_core import NameIndex, ShapeError, Strength, Target, read_tensors
 from comfyui_oft.oft_core.place import place
 from patching import applied, close, loaded, raises, rotated_out, state
@@ -83,11 +84,22 @@ def test_rotations_are_exact(subject: measure.Subject):
 
 
 def test_the_committed_tables_say_what_is_measured(subject: measure.Subject):
-    counts = [column.measure(subject) for column in measure.COLUMNS[: len(measure.SPELLINGS)]]
+    """What loads; that every family trains or is refused as the table says is test_train_every_family's matter."""
+    counts = [column.measure(subject) for column in measure.LOADING[:-1]]
+    family = subject.family
+    refused = family.host in UNSUITED or family.kind in ("audio", "shape")
     for at, page in enumerate(measure.PAGES):
-        row = measure.committed(page)[measure.TITLES[subject.family.name]]
-        assert row[: len(counts)] == [cell[at] for cell in counts], page
-        assert row[len(counts)] == ("yes", "是")[at]
+        yes = ("yes", "是")[at]
+        trains = [("refused", "拒绝")[at], "–"] if refused else [yes, yes]
+        row = measure.committed(page)[measure.TITLES[family.name]]
+        assert row == [*(cell[at] for cell in counts), yes, *trains], page
+
+
+def test_the_committed_tables_have_these_rows_and_columns():
+    for at, page in enumerate(measure.PAGES):
+        head, *rows = measure.committed(page).items()
+        assert head[1] == [(column.title, column.title_zh)[at] for column in measure.COLUMNS]
+        assert [name for name, _ in rows] == [measure.TITLES[name] for name in every_family.available()]
 
 
 def test_as_the_hosts_own_table(subject: measure.Subject):
