@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .families import family_of_model
 from .other_names import other_names
-from .words import Piece, other_words
 from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
+from .words import Piece, other_words
 
 
 @dataclass(frozen=True)
