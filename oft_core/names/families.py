@@ -100,6 +100,23 @@ def declared_family(metadata: Mapping[str, str]) -> str:
     return ""
 
 
+# What only this family's files have. The first hit wins.
+_FILE_MARKS = tuple(
+    (family, re.compile(pattern))
+    for family, pattern in (
+        ("chroma", r"distilled_guidance_layer_"),
+        ("flux2", r"(?:double|single)_stream_modulation_|single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)$"),
+        ("hunyuan_video", r"txt_in_individual_token_refiner_|context_embedder_token_refiner_"),
+        ("qwen_image", r"transformer_blocks_\d+_(?:img|txt)_(?:mod|mlp)_"),
+        ("hidream", r"(?:double|single)_stream_blocks_"),
+        ("lumina2", r"(?:layers|noise_refiner|context_refiner)_\d+_attention_"),
+        ("wan", r"(?:vace_)?blocks_\d+_(?:self|cross)_attn_[qkvo](?:_img)?$|condition_embedder_"),
+        ("cosmos", r"blocks_\d+_(?:self|cross)_attn_output_proj|blocks_block\d+_blocks_"),
+        ("auraflow", r"(?:double|single)_layers_\d+_|joint_transformer_blocks_"),
+        ("hunyuan_dit", r"blocks_\d+_attn[12]_(?:Wqkv|kv_proj)"),
+        ("mochi", r"blocks_\d+_attn_(?:qkv|proj)_[xy]$"),
+    )
+)
 _FLUX_FILE = re.compile(
     r"(?:double|single)_blocks_\d+_(?:img_|txt_|linear|modulation)|single_transformer_blocks_\d+_"
 )
@@ -114,11 +131,12 @@ _NOT_SDXL = re.compile(
 def guess_family(modules: Iterable[str]) -> str:
     """What an adapter file is for, from its module names alone.
 
-    "flux": Flux names, original or diffusers (HunyuanVideo and Chroma share the original ones); "sd3":
-    `joint_blocks`; "flux or sd3": diffusers names of joint attention without any single block; "sdxl":
-    several transformer blocks in one place, or CLIP-G beside a U-Net; "sd1 or sd2": a U-Net with blocks
-    where SDXL has none; "sd1, sd2 or sdxl": a U-Net of which no more can be told; "text encoder": nothing
-    else in the file; otherwise "unknown".
+    A family of `family_of_model` if a name is only its own: "chroma", "flux2", "hunyuan_video", "qwen_image",
+    "hidream", "lumina2", "wan", "cosmos", "auraflow", "hunyuan_dit", "mochi". Else "flux": Flux names, original or
+    diffusers (HunyuanVideo and Chroma share those of the blocks); "sd3": `joint_blocks`; "flux or sd3": diffusers names
+    of joint attention without any single block; "sdxl": several transformer blocks in one place, or CLIP-G beside a
+    U-Net; "sd1 or sd2": a U-Net with blocks where SDXL has none; "sd1, sd2 or sdxl": a U-Net of which no more can be
+    told; "text encoder": nothing else in the file; otherwise "unknown".
     """
     names = [parse(clean(module)) for module in modules]
     text = {name.part for name in names if name.part.startswith("te")}
@@ -126,6 +144,9 @@ def guess_family(modules: Iterable[str]) -> str:
     paths = [name.paths[-1] for name in names if name.part == "unet" or not (name.part or name.text)]
     if not paths:
         return "text encoder" if text else "unknown"
+    for family, mark in _FILE_MARKS:
+        if any(map(mark.match, paths)):
+            return family
     if any(map(_FLUX_FILE.match, paths)):
         return "flux"
     if any(path.startswith("joint_blocks_") for path in paths):

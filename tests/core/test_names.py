@@ -810,7 +810,9 @@ def test_family(shapes: dict, family: str):
         (["oft_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"], "sd1, sd2 or sdxl"),
         ([f"lora_te1_{Q}"], "text encoder"),
         ([Q_DOTTED], "text encoder"),
-        (["lora_unet_blocks_0_self_attn_q"], "unknown"),
+        (["lora_unet_blocks_0_self_attn_q"], "wan"),
+        (["diffusion_model.layers.3.attention.to_k"], "lumina2"),
+        (["lora_unet_blocks_0_mlp"], "unknown"),
         ([], "unknown"),
     ],
 )

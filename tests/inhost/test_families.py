@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfyui_oft.nodes.binding import names as host_names
 from comfyui_oft.nodes.training.prediction import UNSUITED
-from comfyui_oft.oft_core import NameIndex, ShapeError, Strength, Target, read_tensors
+from comfyui_oft.oft_core import NameIndex, ShapeError, Strength, Target, guess_family, read_tensors
 from comfyui_oft.oft_core.place import place
 from patching import applied, close, loaded, raises, rotated_out, state
 
@@ -294,3 +294,14 @@ def test_the_measurements_can_fail():
     names = {n: dataclasses.replace(p, swap=False) for n, p in one.diffusers.items()}
     wrong = dataclasses.replace(one, diffusers=names)
     assert measure.exact(wrong, measure.SPELLINGS["kohya"]) == ["diffusion_model.final_layer.adaLN_modulation.1.weight"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["chroma", "flux2", "hunyuan_video", "qwen_image", "hidream", "lumina2", "z_image", "wan21_t2v", "cosmos1_t2v",
+     "cosmos_predict2", "auraflow", "hunyuan_dit", "mochi", "flux", "sdxl", "sd3"],
+)  # fmt: skip
+def test_a_file_in_the_authors_names_tells_what_it_is_for(family: str):
+    one = measure.subject(family)
+    names = one.names(measure.SPELLINGS["original"])[0]
+    assert index_of(one).family in re.split(", | or ", guess_family(names))
