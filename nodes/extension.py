@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import blocks, dataset, load, save, schedule, stack, train
+from . import blocks, dataset, inspector, load, save, schedule, stack, train
 from .binding import everywhere, folders
 
 
@@ -17,5 +17,5 @@ class OFTExtension(ComfyExtension):
         everywhere.start()
 
     async def get_node_list(self) -> list:
-        modules = (load, stack, blocks, schedule, dataset, train, save)
+        modules = (load, stack, blocks, schedule, dataset, train, save, inspector)
         return [node for module in modules for node in module.NODES]

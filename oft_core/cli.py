@@ -1,23 +1,29 @@
-"""``python -m oft_core``: inspect a file, merge it into a model."""
+"""``python -m oft_core``: inspect files, merge one into a model."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .adapter import load_adapter
+from . import profile
+from .adapter import Adapter, load_adapter
+from .atomic import atomically
 from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Strength
-from .errors import AdapterError, printable
+from .errors import AdapterError, FileError, printable
 from .formats import ReadOptions
 from .merge import DTYPES, merge_file
+from .names import NameIndex
 from .report import describe
 
 
@@ -59,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", parents=[reading], help="say what a file is and holds")
     inspect.add_argument("file", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    inspect.add_argument("--layers", action="store_true", help="angles of every layer; with --json of every block")
+    inspect.add_argument("--against", metavar="OTHER", help="compare with another file, layer by layer")
+    inspect.add_argument("--base", metavar="MODEL", help="a safetensors model: what the file keeps of its neurons' geometry")
+    inspect.add_argument("--plot", metavar="OUT.png", help="draw the angles of all layers and blocks (needs Pillow)")
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser("merge", parents=[reading], help="bake an adapter into a model file")
@@ -84,9 +94,45 @@ def _options(args: argparse.Namespace) -> ReadOptions:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    report = describe(load_adapter(args.file, _options(args)))
-    print(report.to_json() if args.json else report.to_text())
+    adapter = load_adapter(args.file, _options(args))
+    other = load_adapter(args.against, _options(args)) if args.against else None
+    report, tables = describe(adapter), {}
+    if args.layers or args.plot and other is None:
+        layers = profile.profile(adapter)
+        if args.layers:
+            tables["layers"] = profile.table(layers), [p.to_dict() for p in layers]
+    if other is not None:
+        found = profile.between(adapter, other)
+        plain = [{**asdict(b), "angle": None if b.angle is None else b.angle.tolist()} for b in found]
+        tables["against"] = profile.table_between(found), plain
+    if args.base:
+        kept = _kept(adapter, args.base)
+        tables["base"] = profile.table_kept(kept), [asdict(k) for k in kept]
+    if args.plot:
+        _plot(Path(args.plot), adapter, other, None if other is not None else layers)
+    if args.json:
+        print(json.dumps({**report.to_dict(), **{name: plain for name, (_, plain) in tables.items()}}, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join([report.to_text(), *(text for text, _ in tables.values())]))
     return 0
+
+
+def _kept(adapter: Adapter, base: str) -> list[profile.Kept]:
+    try:
+        with safe_open(base, "pt") as stored:
+            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 (not a dict)
+            return list(profile.kept(adapter.bind(NameIndex(shapes)), stored.get_tensor))
+    except SafetensorError as error:
+        raise FileError("The model cannot be read", file=base, found=str(error)) from error
+
+
+def _plot(path: Path, adapter: Adapter, other: Adapter | None, layers: list[profile.LayerProfile] | None) -> None:
+    try:
+        from . import pictures
+    except ImportError as error:
+        raise AdapterError("Drawing needs the package Pillow", found=str(error), hint="pip install Pillow") from error
+    picture = pictures.adapter_picture(adapter, layers) if other is None else pictures.comparison_picture(adapter, other)
+    atomically(path, lambda part: picture.save(part, "PNG"))
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import families
 import folder_paths
 import pytest
 import torch
-from comfyui_oft.nodes import compat, load, schedule, train
+from comfyui_oft.nodes import compat, inspector, load, schedule, train
 from comfyui_oft.nodes.binding import apply as host
 from comfyui_oft.nodes.binding import folders
 from comfyui_oft.nodes.binding import names as host_names
@@ -61,7 +61,7 @@ def test_entry_point_and_schemas():
     assert list(nodes) == [
         *("OFT_Load", "OFT_LoadModelOnly", "OFT_LoadAdapter", "OFT_Apply"),
         *("OFT_Stack", "OFT_ApplyStack", "OFT_Blocks", "OFT_Schedule", "OFT_Hook"),
-        *("OFT_Dataset", "OFT_Train", "OFT_TrainConfig", "OFT_Save"),
+        *("OFT_Dataset", "OFT_Train", "OFT_TrainConfig", "OFT_Save", "OFT_Inspect"),
     ]
     translations = {
         lang: json.loads((REPO / "locales" / lang / "nodeDefs.json").read_text("utf-8"))
@@ -339,3 +339,18 @@ def test_core_mode_repeats_the_hosts_loader():
         expected = loaded(theirs)
         for key in expected:
             close(ours[key], expected[key], 5e-6)
+
+
+def test_an_adapter_is_drawn_as_in_the_model_and_against_another():
+    with torch.inference_mode():
+        model = sd15()
+    first, second = (adapter_for(model, seed=seed) for seed in (0, 1))
+    alone = run_node(inspector.OFTInspect, adapter=first, model=model)
+    picture, report, numbers = alone.args
+    assert picture.shape[0] == 1 and picture.shape[2:] == (1200, 3) and picture.std() > 0.05
+    assert "Largest angle" in report
+    layers = json.loads(numbers)["layers_detail"]
+    assert layers[0]["name"].startswith("diffusion_model.input_blocks") and layers[0]["learnt"]
+    both = run_node(inspector.OFTInspect, adapter=first, against=second, model=model)
+    assert both.args[0].shape[1] != picture.shape[1] and "likeness" in both.args[1]
+    assert all(b["angle"] > 0 for b in json.loads(both.args[2])["against"])
