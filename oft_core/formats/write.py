@@ -128,7 +128,7 @@ def _diffusers(spelling: Spelling, index: NameIndex) -> list[tuple[str, tuple[in
     if spelling.part != "unet":
         return [(_encoder_path(spelling), None, False)]
     own = [(spelling.path, None, False)]
-    if spelling.path.startswith(("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks.")):
+    if spelling.diffusers:
         return own
     return _one_of_each(spelling, index) or own
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 Shapes = Mapping[str, Sequence[int]]  # dotted module path -> weight shape
 Rows = tuple[int, int] | None
@@ -15,12 +15,14 @@ class Alias:
     """`name` in the other layout is these modules (or rows of them), stacked.
 
     swap: the two halves of the rows are exchanged.   further: only files use this name, nothing is written under it.
+    authors: the name is the authors', the model's own are diffusers'.
     """
 
     name: str
     parts: tuple[tuple[str, Rows], ...]
     swap: bool = False
     further: bool = False
+    authors: bool = False
 
 
 Table = Mapping[str, tuple[str, ...]]
@@ -31,17 +33,20 @@ class Blocks:
     """A list of equal blocks: `original`.N.<key> is `other`.N.<value>; several values are the parts of one
     fused matrix, in row order.
 
-    Where the number does not stand at the end, or there are several, "#" stands for it.
+    Where the number does not stand at the end, or there are several, "#" stands for it.   last: entries that are
+    called otherwise in the last block.
     """
 
     original: str
     other: str
     table: Table
+    last: Table = field(default_factory=dict)
 
-    def numbers(self, shapes: Shapes, prefix: str) -> list[tuple[str, ...]]:
-        """The numbers of the blocks that are there, under `original` or `other` as `prefix`."""
+    def there(self, shapes: Shapes, prefix: str) -> Iterator[tuple[tuple[str, ...], Table]]:
+        """(numbers, table) of every block that is there, under `original` or `other` as `prefix`."""
         pattern = re.compile(r"(\d+)".join(map(re.escape, _numbered(prefix).split("#"))) + r"\.")
-        return sorted({m.groups() for m in map(pattern.match, shapes) if m}, key=lambda found: [int(n) for n in found])
+        found = sorted({m.groups() for m in map(pattern.match, shapes) if m}, key=lambda numbers: [int(n) for n in numbers])
+        return ((numbers, {**self.table, **(self.last if numbers == found[-1] else {})}) for numbers in found)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Layout:
         if _has_all(kinds, self.original_has):
             return list(self._of_original(shapes))
         if _has_all(kinds, self.other_has):
-            return list(self._of_other(shapes))
+            return [replace(alias, authors=True) for alias in self._of_other(shapes)]
         return []
 
     def _of_original(self, shapes: Shapes) -> Iterator[Alias]:
@@ -75,9 +80,9 @@ class Layout:
             for i, other in enumerate(others) if original in shapes else ():
                 yield Alias(other, ((original, None),), original in self.swapped, further=i > 0)
         for blocks in self.blocks:
-            for n in blocks.numbers(shapes, blocks.original):
+            for n, table in blocks.there(shapes, blocks.original):
                 here, there = _at(blocks.original, n), _at(blocks.other, n)
-                for original, others in blocks.table.items():
+                for original, others in table.items():
                     path = f"{here}.{original}"
                     if path not in shapes:
                         continue
@@ -101,9 +106,9 @@ class Layout:
                 if name != here:
                     yield Alias(name, ((here, None),), original in self.swapped, further=name != original)
         for blocks in self.blocks:
-            for n in blocks.numbers(shapes, blocks.other):
+            for n, table in blocks.there(shapes, blocks.other):
                 here, there = _at(blocks.original, n), _at(blocks.other, n)
-                for original, others in blocks.table.items():
+                for original, others in table.items():
                     path = f"{here}.{original}"
                     parts = [(f"{there}.{other}", None) for other in others]
                     for i, part in enumerate(parts):

@@ -55,18 +55,18 @@ _DIFFUSERS_BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.\w+\.\d+|mid_block\.\w
 
 def _unet_names(shapes: Shapes) -> Iterator[Alias]:
     if any(p.startswith(("input_blocks.", "output_blocks.")) for p in shapes):
-        contents = _contents(shapes, _LDM_BLOCK)
+        contents, authors = _contents(shapes, _LDM_BLOCK), False
         blocks = dict(_walk_ldm(contents))
         top, resnet = [(ldm, other) for ldm, other in _UNET_TOP], _RESNET
     elif any(p.startswith(("down_blocks.", "up_blocks.")) for p in shapes):
-        contents = _contents(shapes, _DIFFUSERS_BLOCK)
+        contents, authors = _contents(shapes, _DIFFUSERS_BLOCK), True
         blocks = {diffusers: ldm for ldm, diffusers in _walk_diffusers(contents)}
         top, resnet = [(other, ldm) for ldm, other in _UNET_TOP], {v: k for k, v in _RESNET.items()}
     else:
         return
     for here, there in top:
         if here in shapes:
-            yield Alias(there, ((here, None),))
+            yield Alias(there, ((here, None),), authors=authors)
     for block, inside in contents.items():
         if block not in blocks:
             continue
@@ -75,7 +75,7 @@ def _unet_names(shapes: Shapes) -> Iterator[Alias]:
                 there = blocks[block] + (".op" if "input_blocks" in blocks[block] else ".conv")
             else:
                 there = f"{blocks[block]}.{_inside(path, inside, resnet)}"
-            yield Alias(there, ((f"{block}.{path}", None),))
+            yield Alias(there, ((f"{block}.{path}", None),), authors=authors)
             if f".{_SPATIAL}" in there:  # ComfyUI's name, as in models without time
                 yield Alias(there.replace(_SPATIAL, ""), ((f"{block}.{path}", None),), further=True)
 

@@ -1,4 +1,4 @@
-"""Transformers that make videos and sound, in the authors' spelling and in diffusers'."""
+"""Transformers that make videos and sound (and HunyuanImage), in the authors' spelling and in diffusers'."""
 
 from __future__ import annotations
 
@@ -6,54 +6,61 @@ from .layout import Blocks, Layout
 from .picture_tables import FLUX
 
 _TEXT_OF_TIME, _TOKENS = "context_embedder.time_text_embed.", "context_embedder.token_refiner."
-#: What diffusers calls the embedding of the time step: HunyuanVideo, HunyuanImage 2.1, HunyuanVideo 1.5.
-_TIMES = ("time_text_embed.", "time_guidance_embed.", "time_embed.")
 
-# HunyuanVideo, 1.0 and 1.5, and HunyuanImage 2.1: the blocks of Flux behind a text encoder of their own.
-HUNYUAN = Layout(
-    original_has=(r"txt_in\.individual_token_refiner\.",),
-    other_has=(r"context_embedder\.token_refiner\.",),
-    blocks=(
-        *FLUX.blocks,
-        Blocks(
-            "txt_in.individual_token_refiner.blocks",
-            _TOKENS + "refiner_blocks",
-            {
-                "self_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-                "self_attn.proj": ("attn.to_out.0",),
-                "mlp.0": ("ff.net.0.proj",),
-                "mlp.2": ("ff.net.2",),
-                "adaLN_modulation.1": ("norm_out.linear",),
-                "norm1": ("norm1",),
-                "norm2": ("norm2",),
-            },
+
+def _hunyuan(original_has: tuple[str, ...], other_has: tuple[str, ...], time: str) -> Layout:
+    """The blocks of Flux behind a text encoder of their own. time: what diffusers calls the embedding of the time step."""
+    return Layout(
+        original_has=(r"txt_in\.individual_token_refiner\.", *original_has),
+        other_has=(r"context_embedder\.token_refiner\.", *other_has),
+        blocks=(
+            *FLUX.blocks,
+            Blocks(
+                "txt_in.individual_token_refiner.blocks",
+                _TOKENS + "refiner_blocks",
+                {
+                    "self_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                    "self_attn.proj": ("attn.to_out.0",),
+                    "mlp.0": ("ff.net.0.proj",),
+                    "mlp.2": ("ff.net.2",),
+                    "adaLN_modulation.1": ("norm_out.linear",),
+                    "norm1": ("norm1",),
+                    "norm2": ("norm2",),
+                },
+            ),
         ),
-    ),
-    top={
-        **FLUX.top,
-        "img_in.proj": ("x_embedder.proj",),
-        "time_in.in_layer": tuple(f"{time}timestep_embedder.linear_1" for time in _TIMES),
-        "time_in.out_layer": tuple(f"{time}timestep_embedder.linear_2" for time in _TIMES),
-        "time_r_in.in_layer": tuple(f"{time}timestep_embedder_r.linear_1" for time in _TIMES),
-        "time_r_in.out_layer": tuple(f"{time}timestep_embedder_r.linear_2" for time in _TIMES),
-        "guidance_in.in_layer": tuple(f"{time}guidance_embedder.linear_1" for time in _TIMES),
-        "guidance_in.out_layer": tuple(f"{time}guidance_embedder.linear_2" for time in _TIMES),
-        "txt_in.input_embedder": ("context_embedder.proj_in",),
-        "txt_in.t_embedder.in_layer": (_TEXT_OF_TIME + "timestep_embedder.linear_1",),
-        "txt_in.t_embedder.out_layer": (_TEXT_OF_TIME + "timestep_embedder.linear_2",),
-        "txt_in.c_embedder.in_layer": (_TEXT_OF_TIME + "text_embedder.linear_1",),
-        "txt_in.c_embedder.out_layer": (_TEXT_OF_TIME + "text_embedder.linear_2",),
-        "byt5_in.layernorm": ("context_embedder_2.norm",),
-        "byt5_in.fc1": ("context_embedder_2.linear_1",),
-        "byt5_in.fc2": ("context_embedder_2.linear_2",),
-        "byt5_in.fc3": ("context_embedder_2.linear_3",),
-        "vision_in.proj.0": ("image_embedder.norm_in",),
-        "vision_in.proj.1": ("image_embedder.linear_1",),
-        "vision_in.proj.3": ("image_embedder.linear_2",),
-        "vision_in.proj.4": ("image_embedder.norm_out",),
-        "cond_type_embedding": ("cond_type_embed",),
-    },
-    swapped=FLUX.swapped,
+        top={
+            **FLUX.top,
+            "img_in.proj": ("x_embedder.proj",),
+            "time_in.in_layer": (time + "timestep_embedder.linear_1",),
+            "time_in.out_layer": (time + "timestep_embedder.linear_2",),
+            "time_r_in.in_layer": (time + "timestep_embedder_r.linear_1",),
+            "time_r_in.out_layer": (time + "timestep_embedder_r.linear_2",),
+            "guidance_in.in_layer": (time + "guidance_embedder.linear_1",),
+            "guidance_in.out_layer": (time + "guidance_embedder.linear_2",),
+            "txt_in.input_embedder": ("context_embedder.proj_in",),
+            "txt_in.t_embedder.in_layer": (_TEXT_OF_TIME + "timestep_embedder.linear_1",),
+            "txt_in.t_embedder.out_layer": (_TEXT_OF_TIME + "timestep_embedder.linear_2",),
+            "txt_in.c_embedder.in_layer": (_TEXT_OF_TIME + "text_embedder.linear_1",),
+            "txt_in.c_embedder.out_layer": (_TEXT_OF_TIME + "text_embedder.linear_2",),
+            "byt5_in.layernorm": ("context_embedder_2.norm",),
+            "byt5_in.fc1": ("context_embedder_2.linear_1",),
+            "byt5_in.fc2": ("context_embedder_2.linear_2",),
+            "byt5_in.fc3": ("context_embedder_2.linear_3",),
+            "vision_in.proj.0": ("image_embedder.norm_in",),
+            "vision_in.proj.1": ("image_embedder.linear_1",),
+            "vision_in.proj.3": ("image_embedder.linear_2",),
+            "vision_in.proj.4": ("image_embedder.norm_out",),
+            "cond_type_embedding": ("cond_type_embed",),
+        },
+        swapped=FLUX.swapped,
+    )
+
+
+HUNYUAN = (
+    _hunyuan((r"vector_in\.",), (r"time_text_embed\.",), "time_text_embed."),  # HunyuanVideo
+    _hunyuan((r"vision_in\.",), (r"image_embedder\.",), "time_embed."),  # HunyuanVideo 1.5
+    _hunyuan((), (), "time_guidance_embed."),  # HunyuanImage 2.1
 )
 
 _CONDITION = "condition_embedder."
@@ -232,8 +239,8 @@ MOCHI = Layout(
                 "mlp_y.w1": ("ff_context.net.0.proj",),
                 "mlp_y.w2": ("ff_context.net.2",),
             },
+            last={"mod_y": ("norm1_context.linear_1",)},
         ),
-        Blocks("blocks", "transformer_blocks", {"mod_y": ("norm1_context.linear_1",)}),  # so called in the last block
     ),
     top={
         "x_embedder.proj": ("patch_embed.proj",),
@@ -279,4 +286,4 @@ STABLE_AUDIO = Layout(
     },
 )
 
-LAYOUTS = (HUNYUAN, WAN, LTX, COSMOS1, COSMOS2, MOCHI, STABLE_AUDIO)
+LAYOUTS = (*HUNYUAN, WAN, LTX, COSMOS1, COSMOS2, MOCHI, STABLE_AUDIO)

@@ -13,6 +13,7 @@ import torch
 from comfyui_oft.nodes.binding import names as host_names
 from comfyui_oft.nodes.training.prediction import UNSUITED
 from comfyui_oft.oft_core import NameIndex, ShapeError, Strength, Target, guess_family, read_tensors
+from comfyui_oft.oft_core.formats import write
 from comfyui_oft.oft_core.place import place
 from patching import applied, close, loaded, raises, rotated_out, state
 
@@ -143,6 +144,23 @@ def test_a_model_in_diffusers_layout_takes_the_authors_names(subject: measure.Su
     for path, found in parts.items():
         want = [Target(f"{name}.weight", None, swap) for _, (name, swap) in sorted(found.items())]
         assert index.resolve(f"diffusion_model.{path}") == want, path
+    # PEFT's files are for such models, under their own names.
+    for key in shapes:
+        if key.startswith("learnable_pos_embed"):
+            continue
+        assert index.spelling(key).diffusers, key
+        assert write._diffusers(index.spelling(key), index) == [(key.removesuffix(".weight"), None, False)]
+
+
+def test_files_for_diffusers_get_its_names(subject: measure.Subject):
+    """What the PEFT writer calls the layers of ComfyUI's model."""
+    index, names = index_of(subject), {}
+    for name, piece in subject.diffusers.items():
+        names.setdefault(piece.path, set()).add((name, piece.rows, piece.swap))
+    for path, want in names.items():
+        got = write._diffusers(index.spelling(f"diffusion_model.{path}.weight"), index)
+        embedding = path.startswith("label_emb.")  # diffusers has one of two names for it
+        assert set(got) <= want and (embedding or len(got) == len(want)), (path, got, want)
 
 
 def test_fused_names_of_separate_projections(subject: measure.Subject):
