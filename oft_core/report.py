@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -154,8 +156,22 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         base_model=_base_model(adapter), trigger_words=trigger_words(adapter.metadata),
         metadata={k: printable(adapter.metadata[k]) for k in _SHOWN_METADATA if adapter.metadata.get(k)},
         strength=None if strength is None else {"value": strength.value, "mode": strength.mode, "coft": strength.coft},
-        notes=list(adapter.notes), warnings=warnings,
+        notes=[*adapter.notes, *_of_two_experts(adapter, binding)], warnings=warnings,
     )
+
+
+_EXPERT = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
+
+
+def _of_two_experts(adapter: Adapter, binding: Binding | None) -> list[str]:
+    """Wan 2.2 (14B) is two models of one form, which no name of a layer tells apart."""
+    if binding is None or binding.family != "wan":
+        return []
+    said = _EXPERT.search(os.path.basename(adapter.name))
+    if said is None:
+        return ["If this is Wan 2.2 (14B): its models for high and for low noise need a file each."]
+    this, other = said[1].lower(), {"high": "low", "low": "high"}[said[1].lower()]
+    return [f"By its name this file is for Wan 2.2's model for {this} noise; the one for {other} noise needs a file of its own."]
 
 
 #: Degrees. Below the first a file does nothing that a picture shows; above the second a training has lost its way.

@@ -70,8 +70,9 @@ class Family:
                 # Single vectors that are no scale of a norm (pad tokens and the like) are filled like matrices.
                 flat = weight.ndim > 1 or not name.endswith(("_token", "modulation", "scale_shift_table"))
                 fill_(name, weight if flat else weight[None], seed)
-            if "pos_embed" in dict(model.diffusion_model.named_buffers()):  # comes with the file, and is empty without
-                fill_("pos_embed", model.diffusion_model.pos_embed, seed)
+            for name, buffer in model.diffusion_model.named_buffers():
+                if name.endswith(("pos_embed", "y_embedding")):  # the others are computed
+                    fill_(name, buffer, seed)
         model.eval()
         return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), offload)
 

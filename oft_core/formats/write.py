@@ -128,7 +128,7 @@ def _diffusers(spelling: Spelling, index: NameIndex) -> list[tuple[str, tuple[in
     if spelling.part != "unet":
         return [(_encoder_path(spelling), None, False)]
     own = [(spelling.path, None, False)]
-    if spelling.path.startswith(("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks.")):
+    if spelling.diffusers:
         return own
     return _one_of_each(spelling, index) or own
 
@@ -147,7 +147,8 @@ def _one_of_each(spelling: Spelling, index: NameIndex) -> list[tuple[str, tuple[
     if len(whole) < 2:
         return list(spelling.others)
     widths = {shape[1] for key, shape in index.shapes.items() if len(shape) == 2 and _TEXT_KEY.search(key)}
-    kind = "class_embedding." if widths == {_LABELLED_WIDTH} else "add_embedding."
+    labels = widths == {_LABELLED_WIDTH} and index.family != "svd"
+    kind = "class_embedding." if labels else "add_embedding."
     return [next((other for other in whole if other[0].startswith(kind)), whole[0])]
 
 
@@ -245,7 +246,7 @@ def _write_lycoris(layers: Mapping[str, LayerRotation], index: NameIndex) -> tup
 
 
 def _write_kohya(layers: Mapping[str, LayerRotation], index: NameIndex) -> tuple[dict[str, Tensor], None]:
-    if index.family in ("flux", "sd3"):
+    if index.family in ("flux", "flux2", "sd3"):
         raise refused("kohya", next(iter(layers)), f"that tool's OFT network does not know {index.family}")
     out: dict[str, Tensor] = {}
     parts = list(_parts(layers, index, "kohya", _kohya_names(index, "oft_unet_")))

@@ -12,6 +12,8 @@ _MODEL_MARKS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (family, re.compile(pattern))
     for family, pattern in (
         ("chroma", r"distilled_guidance_layer\."),
+        ("flux2", r"double_stream_modulation_img\."),
+        ("hunyuan3d", r"latent_in$"),
         ("hunyuan_video", r"txt_in\.individual_token_refiner\.|context_embedder\.token_refiner\."),
         (
             "flux",
@@ -21,9 +23,17 @@ _MODEL_MARKS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("ltx", r"(?:model\.)?patchify_proj$"),
         ("qwen_image", r"transformer_blocks\.\d+\.img_mod\.1"),
         ("auraflow", r"double_layers\.\d+\.|joint_transformer_blocks\.\d+\."),
+        ("omnigen2", r"ref_image_refiner\.\d+\."),
         ("lumina2", r"noise_refiner\.\d+\."),
         ("pixart", r"blocks\.\d+\.cross_attn\.kv_linear"),
-        ("wan", r"blocks\.\d+\.cross_attn\.norm_q"),
+        ("wan", r"blocks\.\d+\.cross_attn\.norm_q|condition_embedder\.time_proj$"),
+        ("hidream", r"double_stream_blocks\.\d+\."),
+        ("hunyuan_dit", r"blocks\.\d+\.attn1\.Wqkv|time_extra_emb\."),
+        ("cosmos", r"blocks\.block\d+\.|blocks\.\d+\.mlp\.layer1|time_embed\.t_embedder\."),
+        ("mochi", r"blocks\.\d+\.attn\.qkv_x|time_embed\.pooler\."),
+        ("cascade", r"down_blocks\.\d+\.\d+\.depthwise"),
+        ("ace_step", r"lyric_proj$"),
+        ("stable_audio", r"transformer\.layers\.\d+\.self_attn\.to_qkv|cross_attention_proj\."),
     )
 )
 _UNET = re.compile(r"(?:input|output|middle|down|up|mid)_blocks?\.")
@@ -33,12 +43,13 @@ _CROSS_KEY = re.compile(r"attn2\.to_k$")
 def family_of_model(parts: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
     """The family of a model given, for each part, its module paths and weight shapes.
 
-    "sd1", "sd2", "sdxl" (also its refiner), "unet" (a U-Net that could be several), "sd3", "flux",
-    "chroma", "hunyuan_video", "ltx", "qwen_image", "auraflow", "lumina2" (also Z-Image), "pixart", "wan",
-    "text encoder", or "unknown".
+    "sd1", "sd2", "sdxl" (also its refiner), "svd" (also SV3D), "unet" (a U-Net that could be several), "sd3",
+    "flux", "flux2", "chroma", "hunyuan_video" (also HunyuanImage 2.1), "ltx", "qwen_image", "auraflow", "lumina2"
+    (also Z-Image), "omnigen2", "pixart", "wan", "hidream", "hunyuan_dit", "cosmos" (also Anima), "mochi", "cascade",
+    "ace_step", "stable_audio", "hunyuan3d", "text encoder", or "unknown".
 
-    The U-Nets differ in structure: SDXL embeds more than the time step; SD1 and SD2 differ in the width of
-    the text they read (768, 1024). For other widths, attention entered by a convolution means SD1.
+    The U-Nets differ in the width of the text they read (SD1 768, SD2 1024, SDXL 2048, its refiner 1280). For
+    other widths: SDXL embeds more than the time step, and attention entered by a convolution means SD1.
     """
     unet = parts.get("unet", {})
     for family, mark in _MODEL_MARKS:
@@ -54,18 +65,18 @@ def family_of_model(parts: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
 
 
 def _unet_family(unet: Mapping[str, Sequence[int]]) -> str:
+    if any(".time_stack." in path or ".temporal_transformer_blocks." in path for path in unet):
+        return "svd"
+    widths = {shape[1] for path, shape in unet.items() if _CROSS_KEY.search(path) and len(shape) == 2}
+    for width, family in ((768, "sd1"), (1024, "sd2"), (1280, "sdxl"), (2048, "sdxl")):
+        if widths == {width}:
+            return family
     if any(path.startswith(("label_emb.", "add_embedding.")) for path in unet):
         return "sdxl"
     if any(".transformer_blocks.1." in path for path in unet):  # SD1 and SD2 have one block a place
         return "sdxl"
-    widths = {shape[1] for path, shape in unet.items() if _CROSS_KEY.search(path) and len(shape) == 2}
     entries = {len(shape) for path, shape in unet.items() if path.endswith(".proj_in")}
-    for width, family in ((768, "sd1"), (1024, "sd2"), (2048, "sdxl")):
-        if width in widths:
-            return family
-    if 4 in entries:
-        return "sd1"
-    return "unet"
+    return "sd1" if 4 in entries else "unet"
 
 
 #: What trainers call families in ``ss_base_model_version`` and ``modelspec.architecture``.
@@ -89,6 +100,23 @@ def declared_family(metadata: Mapping[str, str]) -> str:
     return ""
 
 
+# What only this family's files have. The first hit wins.
+_FILE_MARKS = tuple(
+    (family, re.compile(pattern))
+    for family, pattern in (
+        ("chroma", r"distilled_guidance_layer_"),
+        ("flux2", r"(?:double|single)_stream_modulation_|single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)$"),
+        ("hunyuan_video", r"txt_in_individual_token_refiner_|context_embedder_token_refiner_"),
+        ("qwen_image", r"transformer_blocks_\d+_(?:img|txt)_(?:mod|mlp)_"),
+        ("hidream", r"(?:double|single)_stream_blocks_"),
+        ("lumina2", r"(?:layers|noise_refiner|context_refiner)_\d+_attention_"),
+        ("wan", r"(?:vace_)?blocks_\d+_(?:self|cross)_attn_[qkvo](?:_img)?$|condition_embedder_"),
+        ("cosmos", r"blocks_\d+_(?:self|cross)_attn_output_proj|blocks_block\d+_blocks_"),
+        ("auraflow", r"(?:double|single)_layers_\d+_|joint_transformer_blocks_"),
+        ("hunyuan_dit", r"blocks_\d+_attn[12]_(?:Wqkv|kv_proj)"),
+        ("mochi", r"blocks_\d+_attn_(?:qkv|proj)_[xy]$"),
+    )
+)
 _FLUX_FILE = re.compile(
     r"(?:double|single)_blocks_\d+_(?:img_|txt_|linear|modulation)|single_transformer_blocks_\d+_"
 )
@@ -103,11 +131,12 @@ _NOT_SDXL = re.compile(
 def guess_family(modules: Iterable[str]) -> str:
     """What an adapter file is for, from its module names alone.
 
-    "flux": Flux names, original or diffusers (HunyuanVideo and Chroma share the original ones); "sd3":
-    `joint_blocks`; "flux or sd3": diffusers names of joint attention without any single block; "sdxl":
-    several transformer blocks in one place, or CLIP-G beside a U-Net; "sd1 or sd2": a U-Net with blocks
-    where SDXL has none; "sd1, sd2 or sdxl": a U-Net of which no more can be told; "text encoder": nothing
-    else in the file; otherwise "unknown".
+    A family of `family_of_model` if a name is only its own: "chroma", "flux2", "hunyuan_video", "qwen_image",
+    "hidream", "lumina2", "wan", "cosmos", "auraflow", "hunyuan_dit", "mochi". Else "flux": Flux names, original or
+    diffusers (HunyuanVideo and Chroma share those of the blocks); "sd3": `joint_blocks`; "flux or sd3": diffusers names
+    of joint attention without any single block; "sdxl": several transformer blocks in one place, or CLIP-G beside a
+    U-Net; "sd1 or sd2": a U-Net with blocks where SDXL has none; "sd1, sd2 or sdxl": a U-Net of which no more can be
+    told; "text encoder": nothing else in the file; otherwise "unknown".
     """
     names = [parse(clean(module)) for module in modules]
     text = {name.part for name in names if name.part.startswith("te")}
@@ -115,6 +144,9 @@ def guess_family(modules: Iterable[str]) -> str:
     paths = [name.paths[-1] for name in names if name.part == "unet" or not (name.part or name.text)]
     if not paths:
         return "text encoder" if text else "unknown"
+    for family, mark in _FILE_MARKS:
+        if any(map(mark.match, paths)):
+            return family
     if any(map(_FLUX_FILE.match, paths)):
         return "flux"
     if any(path.startswith("joint_blocks_") for path in paths):

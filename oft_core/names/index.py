@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .families import family_of_model
-from .layouts import other_names
+from .other_names import other_names
 from .spelling import PARTS, BaseNames, ModuleName, clean, parse, underscored
+from .words import Piece, other_words
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Spelling:
     part: "unet", "te1", "te2" or "te3".   path: the model's own dotted path, without prefix.
     others: its names in the other layout, each with the rows (start, length) that it is of the weight, None for all, and whether
     the halves of the rows are exchanged; several names where that layout keeps the parts of a fused matrix apart, () if none.
+    diffusers: the model's own names are diffusers' as far as its layers tell, the others its authors'.
     """
 
     part: str
     path: str
     others: tuple[tuple[str, tuple[int, int] | None, bool], ...]
+    diffusers: bool = False
 
 # Who may use a name, best first. A lower rank never replaces a better one.
 _OWN, _FULL, _OTHER_LAYOUT, _PARAMETER = range(4)
@@ -76,14 +79,15 @@ class NameIndex:
                 keys[part].setdefault(_module(path), key)
         for part, found in keys.items():
             others: dict[str, list] = {}
+            diffusers = False
             for alias in other_names({path: shapes[key] for path, key in found.items()}):
                 targets = tuple(Target(found[path], rows, alias.swap) for path, rows in alias.parts)
-                path = alias.parts[0][0]
-                if len(targets) == 1 and not alias.name.startswith(path):  # not one of the file-only names of parts
+                path, diffusers = alias.parts[0][0], diffusers or alias.authors
+                if len(targets) == 1 and not alias.further:
                     others.setdefault(path, []).append((alias.name, targets[0].rows, alias.swap))
                 self._add(part, alias.name, targets, _OTHER_LAYOUT)
             for path, key in found.items():
-                self._spellings[key] = Spelling(part, path, tuple(others.get(path, ())))
+                self._spellings[key] = Spelling(part, path, tuple(others.get(path, ())), diffusers)
         self.family: str = family_of_model(
             {p: {m: shapes[k] for m, k in found.items()} for p, found in keys.items()}
         )
@@ -111,11 +115,19 @@ class NameIndex:
             table = self._tables[part]
             for path in name.paths:
                 hit = table.get(path)
-                if hit is None and path.endswith("_to_out"):
-                    hit = table.get(path + "_0")  # attention processors leave out the sublayer's number
                 if hit is not None:
                     return list(hit[1])
+            for path in name.paths:
+                if found := self._in_other_words(table, path):
+                    return found
         return []
+
+    def _in_other_words(self, table: Mapping[str, tuple[int, Targets]], path: str) -> list[Target]:
+        def look(name: str) -> list[Piece]:
+            _, targets = table.get(name, (0, ()))
+            return [(t.key, t.rows, t.swap_halves) for t in targets]
+
+        return [Target(*piece) for piece in other_words(path, look, self.shapes)]
 
     def has(self, part: str) -> bool:
         """Whether the model has this part: "unet", "te1", "te2" or "te3"."""

@@ -65,7 +65,7 @@ _STEPS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(rf"text_encoders[._]({_KNOWN_ENCODER})[._]"), "te"),
     # ComfyUI since 0.28 also leaves out the encoder's name where it is no CLIP
     (re.compile(r"text_encoders[._](?:(\w+?)[._])?(?=transformer[._])"), "te"),
-    (re.compile(rf"({_KNOWN_ENCODER})[._]"), "te"),
+    (re.compile(rf"({_KNOWN_ENCODER})[._](?!y_embedder[._]|yproj$)"), "te"),  # Mochi's model has such names
     (re.compile(r"text_encoder(?:_([123]))?[._]"), "te"),
     (re.compile(r"te([123]?)\."), "te"),
     (re.compile(r"transformer(?:\.(?!resblocks\.)|_(?!blocks[._]|resblocks[._]))"), "transformer"),

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from oft_core.names import NameIndex, Target, component, guess_family
-from oft_core.names.layouts import other_names
+from oft_core.names.other_names import other_names
 
 # ----------------------------------------------------------------------------------------------------
 # Model names, written from the architectures
@@ -217,8 +217,7 @@ def in_other_layout(shapes: dict) -> tuple[dict, dict]:
     found: dict[str, list] = {}
     for alias in other_names(modules):
         (module, rows), *_ = alias.parts
-        further = alias.name.removeprefix(module) in ("_qkv", ".0", ".1", ".2", ".3", ".proj")
-        if not further and not alias.name.startswith("class_embedding"):
+        if not alias.further and not alias.name.startswith("class_embedding"):
             found.setdefault(module, []).append((rows or (0, modules[module][0]), alias))
     there, how = {}, {}
     for module, parts in found.items():
@@ -811,7 +810,9 @@ def test_family(shapes: dict, family: str):
         (["oft_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"], "sd1, sd2 or sdxl"),
         ([f"lora_te1_{Q}"], "text encoder"),
         ([Q_DOTTED], "text encoder"),
-        (["lora_unet_blocks_0_self_attn_q"], "unknown"),
+        (["lora_unet_blocks_0_self_attn_q"], "wan"),
+        (["diffusion_model.layers.3.attention.to_k"], "lumina2"),
+        (["lora_unet_blocks_0_mlp"], "unknown"),
         ([], "unknown"),
     ],
 )
@@ -855,3 +856,78 @@ def test_wrappers_of_models_are_noise(wrapper: str, spelling: str) -> None:
 def test_a_pipelines_prefix_is_noise(name: str) -> None:
     index = NameIndex({"diffusion_model.blocks.3.self_attn.q.weight": (8, 8)})
     assert [t.key for t in index.resolve(name)] == ["diffusion_model.blocks.3.self_attn.q.weight"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Customary words for the same layer
+
+
+def test_customary_words_beside_the_same_parent():
+    fused = NameIndex({"a.attn.qkv.weight": (24, 8), "a.attn.proj.weight": (8, 8), "b.attn.kv.weight": (12, 8)})
+    assert fused.resolve("lora_unet_a_attn_to_k") == [Target("a.attn.qkv.weight", (8, 8))]
+    assert fused.resolve("diffusion_model.a.attn.wv") == [Target("a.attn.qkv.weight", (16, 8))]
+    assert fused.resolve("a.attn.in_proj") == fused.resolve("a.attn.to_qkv") == [Target("a.attn.qkv.weight")]
+    assert keys(fused, "a.attn.to_out.0") == keys(fused, "a.attn.o") == ["a.attn.proj.weight"]
+    assert fused.resolve("b.attn.to_v") == fused.resolve("b.attn.kv_proj.1") == [Target("b.attn.kv.weight", (6, 6))]
+    assert fused.resolve("b.attn.to_q") == fused.resolve("c.attn.to_q") == []
+    split = NameIndex({f"a.attn.{which}_proj.weight": (8, 8) for which in "qkv"} | {"a.mlp.0.weight": (8, 8), "a.mlp.2.weight": (8, 8)})
+    parts = [f"a.attn.{which}_proj.weight" for which in "qkv"]
+    assert keys(split, "a.attn.qkv") == parts and keys(split, "lora_unet_a_attn_to_kv") == parts[1:]
+    assert keys(split, "a.attn.qkv.2") == parts[2:]
+    assert keys(split, "a.mlp.fc2") == ["a.mlp.2.weight"] and keys(split, "a.mlp.net.0.proj") == ["a.mlp.0.weight"]
+
+
+def test_customary_words_do_not_guess():
+    # Narrower keys and values, known by the output projection; not known where nothing tells.
+    grouped = NameIndex({"a.attn.qkv.weight": (16, 8), "a.attn.out.weight": (8, 8), "b.attn.qkv.weight": (16, 8)})
+    assert grouped.resolve("a.attn.to_k") == [Target("a.attn.qkv.weight", (8, 4))]
+    assert grouped.resolve("b.attn.to_k") == []
+    # A part is missing; an output projection of what is no attention; half a pair.
+    some = NameIndex({"a.attn.to_q.weight": (8, 8), "a.attn.to_v.weight": (8, 8), "x.proj.weight": (8, 8), "a.mlp.0.weight": (8, 8)})
+    assert some.resolve("a.attn.to_qkv") == some.resolve("x.to_out.0") == some.resolve("a.mlp.fc1") == []
+    # Exchanged halves are not cut, and the module that has the name itself wins.
+    own = NameIndex({"a.attn.qkv.weight": (24, 8), "a.attn.to_q.weight": (8, 8)})
+    assert own.resolve("a.attn.to_q") == [Target("a.attn.to_q.weight")]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "name", "target"),
+    [
+        (
+            {"blocks.block3.blocks.0.block.attn.to_q.0.weight": (8, 8), "blocks.block3.blocks.2.block.layer1.weight": (32, 8)},
+            "transformer_blocks.3.ff.net.0.proj", Target("blocks.block3.blocks.2.block.layer1.weight"),
+        ),
+        (
+            {"down_blocks.1.2.attention.attn.to_q.weight": (8, 8), "up_blocks.0.11.attention.attn.out_proj.weight": (8, 8)},
+            "up_blocks.0.11.attention.to_out.0", Target("up_blocks.0.11.attention.attn.out_proj.weight"),
+        ),
+        (
+            {"blocks.0.attn.qkv_x.weight": (24, 8), "blocks.0.mlp_x.w1.weight": (32, 8)},
+            "transformer_blocks.0.ff.net.0.proj", Target("blocks.0.mlp_x.w1.weight", None, True),
+        ),
+        (
+            {"input_blocks.1.0.in_layers.0.weight": (8,), "input_blocks.1.0.time_stack.in_layers.0.weight": (8,),
+             "input_blocks.1.0.time_stack.in_layers.2.weight": (8, 8, 3, 1, 1)},
+            "down_blocks.0.resnets.0.temporal_res_block.conv1", Target("input_blocks.1.0.time_stack.in_layers.2.weight"),
+        ),
+    ],
+)
+def test_blocks_with_several_numbers_and_exchanged_halves(shapes: dict, name: str, target: Target):
+    assert NameIndex(prefixed("diffusion_model.", shapes)).resolve(f"transformer.{name}") == [
+        Target(f"diffusion_model.{target.key}", target.rows, target.swap_halves)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "family"),
+    [
+        ("double_stream_modulation_img.lin", "flux2"), ("latent_in", "hunyuan3d"), ("ref_image_refiner.0.attn.to_q", "omnigen2"),
+        ("double_stream_blocks.0.block.attn1.to_q", "hidream"), ("blocks.0.attn1.Wqkv", "hunyuan_dit"),
+        ("blocks.block0.blocks.0.block.attn.to_q.0", "cosmos"), ("blocks.0.attn.qkv_x", "mochi"),
+        ("down_blocks.0.0.depthwise", "cascade"), ("lyric_proj", "ace_step"),
+        ("transformer.layers.0.self_attn.to_qkv", "stable_audio"), ("input_blocks.1.1.time_stack.0.attn1.to_q", "svd"),
+        ("condition_embedder.time_proj", "wan"),
+    ],
+)  # fmt: skip
+def test_marks_of_families(module: str, family: str):
+    assert NameIndex({f"diffusion_model.{module}.weight": (24, 8)}).family == family

@@ -1,150 +1,10 @@
-"""Models that are lists of equal blocks, spelled in two ways: the tables, and how a table becomes aliases."""
+"""Transformers that draw pictures, and CLIP, in two spellings each: the authors' and diffusers' (for CLIP Hugging Face's)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from .layout import Blocks, Layout
 
-Shapes = Mapping[str, Sequence[int]]  # dotted module path -> weight shape
-Rows = tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class Alias:
-    """`name` in the other layout is these modules (or rows of them), stacked; `swap`: the two halves of the
-    rows are exchanged."""
-
-    name: str
-    parts: tuple[tuple[str, Rows], ...]
-    swap: bool = False
-
-
-Table = Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A list of equal blocks: `original`.N.<key> is `other`.N.<value>; several values are the parts of one
-    fused matrix, in row order."""
-
-    original: str
-    other: str
-    table: Table
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Two spellings of one architecture.
-
-    top: modules outside the blocks; further values are further names, used by OMI files.
-    original_has, other_has: patterns; a model uses that spelling if each of them matches the start of one
-    of its module paths.
-    swapped: original names whose two halves of rows (shift and scale) are exchanged in the other spelling.
-    """
-
-    original_has: tuple[str, ...]
-    other_has: tuple[str, ...]
-    blocks: tuple[Blocks, ...]
-    top: Table
-    swapped: frozenset[str] = frozenset()
-
-    def names(self, shapes: Shapes) -> Iterator[Alias]:
-        """Every alias of a model that has one of the two spellings."""
-        if _has_all(shapes, self.original_has):
-            yield from self._of_original(shapes)
-        elif _has_all(shapes, self.other_has):
-            yield from self._of_other(shapes)
-
-    def _of_original(self, shapes: Shapes) -> Iterator[Alias]:
-        for original, others in self.top.items():
-            for other in others if original in shapes else ():
-                yield Alias(other, ((original, None),), original in self.swapped)
-        for blocks in self.blocks:
-            for n in _numbers(shapes, blocks.original):
-                for original, others in blocks.table.items():
-                    path = f"{blocks.original}.{n}.{original}"
-                    if path not in shapes:
-                        continue
-                    beside = f"{blocks.original}.{n}.context_block.attn.qkv"
-                    swap = original in self.swapped and _has_two_chunks(shapes, path, beside, 3)
-                    split = _row_split(shapes, path, len(others))
-                    for i, (other, rows) in enumerate(zip(others, split, strict=False)):
-                        yield Alias(f"{blocks.other}.{n}.{other}", ((path, rows),), swap)
-                        if rows:  # OMI's name of a part of a fused matrix
-                            yield Alias(f"{path}.{i}", ((path, rows),))
-                    if original == "linear1" and split and split[3]:  # ComfyUI's name of the first three
-                        yield Alias(f"{path}_qkv", ((path, (0, split[3][0])),))
-
-    def _of_other(self, shapes: Shapes) -> Iterator[Alias]:
-        for original, (other, *further) in self.top.items():
-            for name in (original, *further) if other in shapes else ():
-                yield Alias(name, ((other, None),), original in self.swapped)
-        for blocks in self.blocks:
-            for n in _numbers(shapes, blocks.other):
-                for original, others in blocks.table.items():
-                    path = f"{blocks.original}.{n}.{original}"
-                    parts = [(f"{blocks.other}.{n}.{other}", None) for other in others]
-                    for i, part in enumerate(parts):
-                        if len(parts) > 1 and part[0] in shapes:
-                            yield Alias(f"{path}.{i}", (part,))
-                    if any(part not in shapes for part, _ in parts):
-                        continue
-                    beside = f"{blocks.other}.{n}.attn.add_q_proj"
-                    swap = original in self.swapped and _has_two_chunks(shapes, parts[0][0], beside, 1)
-                    yield Alias(path, tuple(parts), swap)
-                    if original == "linear1":
-                        yield Alias(f"{path}_qkv", tuple(parts[:3]))
-
-
-def _has_all(shapes: Shapes, patterns: Sequence[str]) -> bool:
-    return all(any(map(re.compile(pattern).match, shapes)) for pattern in patterns)
-
-
-def _numbers(shapes: Shapes, prefix: str) -> list[int]:
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return sorted({int(m.group(1)) for m in map(pattern.match, shapes) if m})
-
-
-def _row_split(shapes: Shapes, path: str, count: int) -> list[Rows]:
-    """(start, length) of each part of a fused matrix; [None] = one part, all rows; [] = none fit."""
-    if count == 1:
-        return [None]
-    shape = shapes[path]
-    if len(shape) == 0:
-        return []
-    rows = shape[0]
-    if count < 4:
-        sizes = _attention_sizes(shapes, path, rows, count)
-    else:  # Flux' linear1: query, key, value, then the wider MLP; linear2 leads back to the model's width
-        beside = shapes.get(path.removesuffix("linear1") + "linear2", ())
-        width = beside[0] if beside else shape[-1]
-        sizes = [width] * 3 + [rows - 3 * width]
-    if not sizes or min(sizes) <= 0 or sum(sizes) != rows:
-        return []
-    return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
-
-
-def _attention_sizes(shapes: Shapes, path: str, rows: int, count: int) -> list[int]:
-    # grouped attention (Lumina 2, Z-Image): queries are as wide as the output projection's input, the rest
-    # is keys and values
-    out = shapes.get(path.removesuffix("qkv") + "out", ()) if path.endswith("attention.qkv") else ()
-    if len(out) == 2 and (rows - out[1]) % 2 == 0:
-        return [out[1], (rows - out[1]) // 2, (rows - out[1]) // 2]
-    return [rows // count] * count if rows % count == 0 else []
-
-
-def _has_two_chunks(shapes: Shapes, norm: str, attention: str, thirds: int) -> bool:
-    """True for the context norm of SD3's last block, which only reads its context: two chunks, not six.
-
-    Only those two (shift, scale) are stored the other way round by diffusers. The attention beside it has
-    `thirds` times the model's width in rows.
-    """
-    rows, beside = shapes[norm][:1], shapes.get(attention, ())[:1]
-    return len(rows) == len(beside) == 1 and rows[0] * thirds == 2 * beside[0]
-
-
-_TIME_TEXT = "time_text_embed."
+_TIME_TEXT, _TIME_GUIDANCE = "time_text_embed.", "time_guidance_embed."
 
 FLUX = Layout(
     original_has=(r"(?:double|single)_blocks\.\d+\.(?:img_|txt_|linear1|linear2|modulation)",),
@@ -198,6 +58,62 @@ FLUX = Layout(
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
 )
 
+_FLUX_DOUBLE, _FLUX_SINGLE = FLUX.blocks
+
+FLUX2 = Layout(
+    original_has=(r"double_stream_modulation_img\.lin$",),
+    other_has=(r"double_stream_modulation_img\.linear$",),
+    blocks=(
+        Blocks(
+            "double_blocks",
+            "transformer_blocks",
+            {
+                **_FLUX_DOUBLE.table,
+                # Gate and value are one matrix on both sides, in the same order.
+                "img_mlp.0": ("ff.linear_in",),
+                "img_mlp.2": ("ff.linear_out",),
+                "txt_mlp.0": ("ff_context.linear_in",),
+                "txt_mlp.2": ("ff_context.linear_out",),
+            },
+        ),
+        Blocks(
+            "single_blocks",
+            "single_transformer_blocks",
+            {
+                **_FLUX_SINGLE.table,
+                "linear1": ("attn.to_qkv_mlp_proj",),
+                "linear2": ("attn.to_out",),
+            },
+        ),
+    ),
+    top={
+        **FLUX.top,
+        "time_in.in_layer": (_TIME_GUIDANCE + "timestep_embedder.linear_1",),
+        "time_in.out_layer": (_TIME_GUIDANCE + "timestep_embedder.linear_2",),
+        "guidance_in.in_layer": (_TIME_GUIDANCE + "guidance_embedder.linear_1",),
+        "guidance_in.out_layer": (_TIME_GUIDANCE + "guidance_embedder.linear_2",),
+        "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+        "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+        "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    },
+    swapped=FLUX.swapped,
+)
+
+CHROMA = Layout(
+    original_has=(r"distilled_guidance_layer\.layers\.\d+\.in_layer$",),
+    other_has=(r"distilled_guidance_layer\.layers\.\d+\.linear_1$",),
+    blocks=(
+        *FLUX.blocks,
+        Blocks(
+            "distilled_guidance_layer.layers",
+            "distilled_guidance_layer.layers",
+            {"in_layer": ("linear_1",), "out_layer": ("linear_2",)},
+        ),
+    ),
+    top=FLUX.top,
+    swapped=FLUX.swapped,
+)
+
 SD3 = Layout(
     original_has=(r"joint_blocks\.\d+\.",),
     other_has=(r"pos_embed\.proj$", r"transformer_blocks\.\d+\.(?:attn\.add_q_proj|norm1_context\.linear)"),
@@ -238,7 +154,8 @@ SD3 = Layout(
         "final_layer.linear": ("proj_out",),
         "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     },
-    swapped=frozenset({"final_layer.adaLN_modulation.1", "context_block.adaLN_modulation.1"}),
+    swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    swapped_if_two=frozenset({"context_block.adaLN_modulation.1"}),
 )
 
 # Of the projections only open_clip's is stored transposed, so `text_projection` has no counterpart here.
@@ -374,4 +291,98 @@ Z_IMAGE = Layout(
     },
 )
 
-LAYOUTS = (FLUX, SD3, AURAFLOW, PIXART, Z_IMAGE, CLIP)
+_TIME_CAPTION = "time_caption_embed."
+_LUMINA_CONTEXT = {
+    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attention.out": ("attn.to_out.0",),
+    "attention.q_norm": ("attn.norm_q",),
+    "attention.k_norm": ("attn.norm_k",),
+    "feed_forward.w1": ("feed_forward.linear_1",),
+    "feed_forward.w2": ("feed_forward.linear_2",),
+    "feed_forward.w3": ("feed_forward.linear_3",),
+    "attention_norm1": ("norm1",),
+    "attention_norm2": ("norm2",),
+}
+_LUMINA_BLOCK = {
+    **_LUMINA_CONTEXT,
+    "attention_norm1": ("norm1.norm",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+
+LUMINA2 = Layout(
+    original_has=(r"layers\.\d+\.attention\.qkv$", r"layers\.\d+\.adaLN_modulation\.1$"),
+    other_has=(r"layers\.\d+\.feed_forward\.linear_1$", r"layers\.\d+\.norm1\.linear$", r"norm_out\.linear_1$"),
+    blocks=(
+        Blocks("layers", "layers", _LUMINA_BLOCK),
+        Blocks("noise_refiner", "noise_refiner", _LUMINA_BLOCK),
+        Blocks("context_refiner", "context_refiner", _LUMINA_CONTEXT),
+    ),
+    top={
+        "t_embedder.mlp.0": (_TIME_CAPTION + "timestep_embedder.linear_1",),
+        "t_embedder.mlp.2": (_TIME_CAPTION + "timestep_embedder.linear_2",),
+        "cap_embedder.0": (_TIME_CAPTION + "caption_embedder.0",),
+        "cap_embedder.1": (_TIME_CAPTION + "caption_embedder.1",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+        "final_layer.linear": ("norm_out.linear_2",),
+    },
+)
+
+_TIME_EXTRA = "time_extra_emb."
+
+HUNYUAN_DIT = Layout(
+    original_has=(r"blocks\.\d+\.attn1\.Wqkv$",),
+    other_has=(r"blocks\.\d+\.attn1\.to_q$", r"time_extra_emb\."),
+    blocks=(
+        Blocks(
+            "blocks",
+            "blocks",
+            {
+                "attn1.Wqkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+                "attn1.out_proj": ("attn1.to_out.0",),
+                "attn1.q_norm": ("attn1.norm_q",),
+                "attn1.k_norm": ("attn1.norm_k",),
+                "attn2.q_proj": ("attn2.to_q",),
+                "attn2.kv_proj": ("attn2.to_k", "attn2.to_v"),
+                "attn2.out_proj": ("attn2.to_out.0",),
+                "attn2.q_norm": ("attn2.norm_q",),
+                "attn2.k_norm": ("attn2.norm_k",),
+                "default_modulation.1": ("norm1.linear",),
+                "mlp.fc1": ("ff.net.0.proj",),
+                "mlp.fc2": ("ff.net.2",),
+            },
+        ),
+    ),
+    top={
+        "x_embedder.proj": ("pos_embed.proj",),
+        "t_embedder.mlp.0": (_TIME_EXTRA + "timestep_embedder.linear_1",),
+        "t_embedder.mlp.2": (_TIME_EXTRA + "timestep_embedder.linear_2",),
+        "mlp_t5.0": ("text_embedder.linear_1",),
+        "mlp_t5.2": ("text_embedder.linear_2",),
+        "extra_embedder.0": (_TIME_EXTRA + "extra_embedder.linear_1",),
+        "extra_embedder.2": (_TIME_EXTRA + "extra_embedder.linear_2",),
+        "style_embedder": (_TIME_EXTRA + "style_embedder",),
+        "pooler.positional_embedding": (_TIME_EXTRA + "pooler.positional_embedding",),
+        **{f"pooler.{which}_proj": (f"{_TIME_EXTRA}pooler.{which}_proj",) for which in "qkvc"},
+        "final_layer.linear": ("proj_out",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    },
+    swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+)
+
+# ComfyUI keeps query, key and value apart where the authors' own files have one matrix, `attention.attn.in_proj`.
+_CASCADE_ATTENTION = {
+    "attention.attn.to_q": ("attention.to_q",),
+    "attention.attn.to_k": ("attention.to_k",),
+    "attention.attn.to_v": ("attention.to_v",),
+    "attention.attn.out_proj": ("attention.to_out.0",),
+}
+
+CASCADE = Layout(
+    original_has=(r"down_blocks\.\d+\.\d+\.attention\.attn\.to_q$",),
+    other_has=(r"down_blocks\.\d+\.\d+\.attention\.to_q$",),
+    blocks=tuple(Blocks(f"{way}_blocks.#.#", f"{way}_blocks.#.#", _CASCADE_ATTENTION) for way in ("down", "up")),
+    top={"clip_mapper": ("clip_txt_pooled_mapper",)},
+)
+
+# The more special stand first: a layout that also fits gives further names only.
+LAYOUTS = (FLUX2, CHROMA, FLUX, SD3, AURAFLOW, PIXART, LUMINA2, Z_IMAGE, HUNYUAN_DIT, CASCADE, CLIP)

@@ -1,4 +1,4 @@
-"""The same weights under other names: U-Nets here, models made of equal blocks by the tables of `tables`.
+"""The same weights under other names: U-Nets here, models made of equal blocks by tables.
 
 Everything here is derived from which modules a model has, never from sizes of known models: blocks are
 numbered by walking them, and the rows of a fused matrix come from the shapes. Names that the structure does
@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from .tables import LAYOUTS, Alias, Shapes
+from . import picture_tables, video_tables
+from .layout import Alias, Shapes, kinds
 
 
 def other_names(shapes: Shapes) -> Iterator[Alias]:
     """Every name that the modules of one part (diffusion model or text encoder) have in other layouts."""
     yield from _unet_names(shapes)
-    for layout in LAYOUTS:
-        yield from layout.names(shapes)
+    known, paths = False, kinds(shapes)
+    for layout in (*video_tables.LAYOUTS, *picture_tables.LAYOUTS):
+        found = layout.names(shapes, paths)
+        # A second layout that fits has names of which only files know.
+        yield from (replace(alias, further=True) for alias in found) if known else found
+        known = known or bool(found)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -49,18 +55,18 @@ _DIFFUSERS_BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.\w+\.\d+|mid_block\.\w
 
 def _unet_names(shapes: Shapes) -> Iterator[Alias]:
     if any(p.startswith(("input_blocks.", "output_blocks.")) for p in shapes):
-        contents = _contents(shapes, _LDM_BLOCK)
+        contents, authors = _contents(shapes, _LDM_BLOCK), False
         blocks = dict(_walk_ldm(contents))
         top, resnet = [(ldm, other) for ldm, other in _UNET_TOP], _RESNET
     elif any(p.startswith(("down_blocks.", "up_blocks.")) for p in shapes):
-        contents = _contents(shapes, _DIFFUSERS_BLOCK)
+        contents, authors = _contents(shapes, _DIFFUSERS_BLOCK), True
         blocks = {diffusers: ldm for ldm, diffusers in _walk_diffusers(contents)}
         top, resnet = [(other, ldm) for ldm, other in _UNET_TOP], {v: k for k, v in _RESNET.items()}
     else:
         return
     for here, there in top:
         if here in shapes:
-            yield Alias(there, ((here, None),))
+            yield Alias(there, ((here, None),), authors=authors)
     for block, inside in contents.items():
         if block not in blocks:
             continue
@@ -68,8 +74,36 @@ def _unet_names(shapes: Shapes) -> Iterator[Alias]:
             if path in ("op", "conv"):  # a down- or upsampler: one convolution, called `op` on ldm's way down
                 there = blocks[block] + (".op" if "input_blocks" in blocks[block] else ".conv")
             else:
-                there = f"{blocks[block]}.{resnet.get(path, path)}"
-            yield Alias(there, ((f"{block}.{path}", None),))
+                there = f"{blocks[block]}.{_inside(path, inside, resnet)}"
+            yield Alias(there, ((f"{block}.{path}", None),), authors=authors)
+            if f".{_SPATIAL}" in there:  # ComfyUI's name, as in models without time
+                yield Alias(there.replace(_SPATIAL, ""), ((f"{block}.{path}", None),), further=True)
+
+
+#: A video model's blocks are for single pictures and along time: ldm's names of the latter, diffusers'.
+_ALONG_TIME = (
+    ("time_stack.", "temporal_transformer_blocks."),
+    ("time_pos_embed.0", "time_pos_embed.linear_1"),
+    ("time_pos_embed.2", "time_pos_embed.linear_2"),
+)
+_SPATIAL, _TEMPORAL = "spatial_res_block.", "temporal_res_block."
+
+
+def _inside(path: str, inside: set[str], resnet: Mapping[str, str]) -> str:
+    """A module path inside a block of a U-Net, in the other spelling; `resnet`: the names inside a residual block there."""
+    if path.startswith(_SPATIAL):
+        return resnet.get(path.removeprefix(_SPATIAL), path)
+    if path.startswith(_TEMPORAL):
+        return "time_stack." + resnet.get(path.removeprefix(_TEMPORAL), path)
+    if "time_stack.in_layers.0" in inside:
+        inner = path.removeprefix("time_stack.")
+        return f"{_SPATIAL if inner == path else _TEMPORAL}{resnet[inner]}" if inner in resnet else path
+    if path.startswith(("time_", "temporal_")):
+        for ldm, diffusers in _ALONG_TIME:
+            for here, there in ((ldm, diffusers), (diffusers, ldm)):
+                if path.startswith(here):
+                    return there + path.removeprefix(here)
+    return resnet.get(path, path)
 
 
 def _contents(shapes: Shapes, block: re.Pattern[str]) -> dict[str, set[str]]:
