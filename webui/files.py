@@ -150,9 +150,9 @@ def _meant(name: str, known: Iterable[OFTFile]) -> list[OFTFile]:
 
 
 def _below(root: str) -> Iterator[str]:
-    """Paths of the safetensors files below a folder, sorted."""
+    """Paths of the safetensors files below a folder, sorted; not those in hidden folders, where trainings keep theirs."""
     for folder, inside, names in os.walk(root, followlinks=True):
-        inside.sort()
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in listed.EXTENSIONS:
                 yield os.path.join(folder, name)

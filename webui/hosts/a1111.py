@@ -52,7 +52,7 @@ TOUCHES = {
     "modules.devices": ("autocast", "device", "dtype", "dtype_vae"),
     "modules.prompt_parser": ("SdConditioning",),
     "modules.sd_hijack": ("model_hijack", "undo_optimizations"),
-    "modules.shared": ("opts",),
+    "modules.shared": ("opts", "sd_model"),
 }
 
 
@@ -90,6 +90,9 @@ class A1111:
         if wanted and getattr(shared.opts, "lora_functional", False):
             notes.append(_OLD_METHOD)
         return notes
+
+    def chosen(self) -> Any:
+        return shared.sd_model
 
     def trainee(self, sd_model: Any) -> Trainee:
         kind = training.kind_of(sd_model)

@@ -103,5 +103,8 @@ class Host(Protocol):
         What is wanted already stays as it is. Returns lines for the user about what this host cannot do.
         """
 
+    def chosen(self) -> Any:
+        """The model that the user has chosen, loaded now if it was not."""
+
     def trainee(self, sd_model: Any) -> Trainee:
         """The loaded model for training. Raises ConfigError for models and settings that cannot be trained here."""

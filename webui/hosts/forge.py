@@ -17,6 +17,7 @@ from backend.args import dynamic_args
 from backend.nn import unet as unet_code
 from backend.patcher import lora as backend_lora
 from backend.utils import get_attr
+from modules import sd_models, shared
 from modules.prompt_parser import SdConditioning
 
 from ...oft_core import Patch
@@ -48,6 +49,8 @@ TOUCHES = {
     "backend.patcher.base": ("ModelPatcher",),
     "backend.utils": ("get_attr",),
     "modules.prompt_parser": ("SdConditioning",),
+    "modules.sd_models": ("forge_model_reload",),
+    "modules.shared": ("sd_model",),
     "networks": ("available_network_aliases", "load_networks"),
 }
 
@@ -100,6 +103,10 @@ class Forge:
             for key, found in patcher.lora_patches[_identifier(one, online)].items():
                 joined.setdefault(key, []).extend(found)
         patcher.lora_patches[_identifier(one, online)] = joined
+
+    def chosen(self) -> Any:
+        sd_models.forge_model_reload()
+        return shared.sd_model
 
     def trainee(self, sd_model: Any) -> Trainee:
         kind = training.kind_of(sd_model)

@@ -48,6 +48,9 @@ class Neo:
         lists.put(sd_model, wanted, self.payload, base_norm, online)
         return []
 
+    def chosen(self) -> Any:
+        raise training.not_here(self.title)
+
     def trainee(self, sd_model: Any) -> Trainee:
         raise training.not_here(self.title)
 

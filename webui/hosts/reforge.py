@@ -35,6 +35,9 @@ class ReForge:
         lists.put(sd_model, wanted, self.payload, base_norm)
         return []
 
+    def chosen(self) -> Any:
+        raise training.not_here(self.title)
+
     def trainee(self, sd_model: Any) -> Trainee:
         raise training.not_here(self.title)
 

@@ -125,7 +125,9 @@ class _Work:
             sample_every=int(given["every"]), save_every=0, low_vram=given["memory"], resume=bool(given["resume"]), name=given["name"].strip(),
             config=make_config(sample_steps=int(given["sample_steps"]), batch_size=int(given["batch"])),
         )
-        self.run = WebRun(plan, of, hosts.current(), shared.sd_model, self.shown)
+        self.shown("Loading the model", None)
+        host = hosts.current()
+        self.run = WebRun(plan, of, host, host.chosen(), self.shown)
         return self.run()
 
 
