@@ -146,10 +146,11 @@ def test_names_that_some_system_reads_as_paths_are_not_saved():
     for name in names:
         text = raises(ConfigError, lambda n=name: files.new_file(n, root))
         assert "cannot be saved" in text and repr(name) in text, text
+    adapter = sound()
     before = sorted(Path(root).rglob("*"))
     for name in (r"..\evil", "nul"):
         options = {"dialect": "as it is", "precision": "fp32", "folder": "oft"}
-        raises(ConfigError, lambda n=name, o=options: run_node(save.OFTSave, adapter=sound(), name=n, **o))
+        raises(ConfigError, lambda n=name, o=options: run_node(save.OFTSave, adapter=adapter, name=n, **o))
     assert sorted(Path(root).rglob("*")) == before
     for name, below in ((r"sub\name", "sub/name_00001_"), ("a.b c/d-e", "a.b c/d-e_00001_"), ("./console", "console_00001_")):
         path = files.new_file(name, root)

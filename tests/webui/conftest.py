@@ -24,6 +24,8 @@ from dev.oft_files import write_random_oft
 from oft_core import load_adapter, merge_file
 from oft_core.constraint import Strength
 
+from . import learner
+
 REPO = Path(__file__).resolve().parent.parent.parent
 STANDIN = Path(__file__).parent / "standin"
 HOSTS = ("a1111", "forge", "reforge", "neo")
@@ -149,6 +151,18 @@ class Web:
         self.sd_model.add_module("model", _nested(diffusion_model=self.unet))
         encoder = _nested(model=_nested(transformer=self.text))
         self.sd_model.add_module("cond_stage_model", _nested(wrapped=encoder))
+        save_file({k: v.clone() for k, v in self.weights().items()}, self.base)
+
+    def use_learner(self, *, xl: bool = False, in_channels: int = 4, prediction: str = "eps") -> None:
+        """A model that can be trained and drawn with, in float32; see `learner`."""
+        torch.manual_seed(5)
+        self.unet = learner.UNet(in_channels, xl).requires_grad_(False)
+        self.sd_model = self.modules.shared.sd_model = self._model()
+        if xl and self.name == "a1111":
+            encoder = self.sd_model.cond_stage_model.wrapped
+            self.sd_model.add_module("conditioner", _nested(embedders=nn.ModuleList([_nested(wrapped=encoder)])))
+            self.prefix = {**PREFIX, "clip": "conditioner.embedders.0.transformer."}
+        learner.equip(self.sd_model, self.unet, xl=xl, prediction=prediction, file=str(self.base))
         save_file({k: v.clone() for k, v in self.weights().items()}, self.base)
 
     def before_batch(self) -> None:

@@ -48,7 +48,7 @@ _places: weakref.WeakKeyDictionary[Any, dict[str, Places]] = weakref.WeakKeyDict
 
 #: Every name of the host that this file uses, module -> names; beside `contract.COMMON`.
 TOUCHES = {
-    "networks": ("assign_network_names_to_compvis_modules", "loaded_networks"),
+    "networks": ("assign_network_names_to_compvis_modules", "loaded_networks", "network_apply_weights"),
     "modules.devices": ("autocast", "device", "dtype", "dtype_vae"),
     "modules.prompt_parser": ("SdConditioning",),
     "modules.sd_hijack": ("model_hijack", "undo_optimizations"),
@@ -128,6 +128,7 @@ class A1111:
         return Trainee(
             kind, net, "model.diffusion_model.", getattr(sd_model, "parameterization", "eps"), sd_model.alphas_cumprod.detach().cpu().double(),
             torch.device(devices.device), training.file_of(sd_model), call, text, encode, decode, lambda: _trained(sd_model, net),
+            lambda: None,
         )
 
 
@@ -136,6 +137,9 @@ def _trained(sd_model: Any, net: nn.Module) -> Iterator[None]:
     """Without networks, and with the host's plain attention: its faster ones work in place or only forward."""
     before = list(networks.loaded_networks)
     networks.loaded_networks.clear()
+    for module in net.modules():
+        if getattr(module, "network_layer_name", None) is not None and isinstance(module, (*_KINDS, nn.MultiheadAttention)):
+            networks.network_apply_weights(module)  # the host would do so in the first forward
     sd_hijack.undo_optimizations()
     try:
         with training.own_checkpoints_off(net):

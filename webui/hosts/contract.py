@@ -67,7 +67,8 @@ class Trainee:
     call: (x (n, 4, h, w), timesteps (n,), conditioning with n rows) -> the network's output.
     text: (prompt, width, height) -> conditioning: ``crossattn`` (1, tokens, width) and for SDXL ``vector`` (1, width).
     encode: picture (1, 3, h, w) in 0..1 -> latent as the network reads it.   decode: the other way.
-    ready: a context in which the network is on its device, without any patches, and its code has a backward pass.
+    ready: a context in which the network has no patches, and its code has a backward pass.   load: puts it on the device, also again
+    after text encoders or VAE have taken its place.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class Trainee:
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     ready: Callable[[], AbstractContextManager]
+    load: Callable[[], object]
 
 
 #: How everything that we hang on a host's model is called.

@@ -73,7 +73,10 @@ class WebModel(PictureLatents):
         return latent
 
     def encode_texts(self, texts: list[str]) -> None:
-        """Nothing yet: what a text gives depends on the size of the picture in some models."""
+        """Embeddings of all texts for all sizes of pictures, before the network needs the place of the text encoders."""
+        for size in sorted({bucket for *_, bucket in self.latents}):
+            for text in dict.fromkeys(texts):
+                self._cond(text, size)
 
     def _cond(self, text: str, size: tuple[int, int]) -> dict[str, Tensor]:
         """size: (width, height) of the picture."""
@@ -92,7 +95,8 @@ class WebModel(PictureLatents):
     # --- a step ---
 
     def load(self, batch_size: int = 1) -> None:
-        """The model is on its device already; see `around`."""
+        """The network to its device; a batch size is not asked for there."""
+        self.trainee.load()
 
     def bank(self, parts: Mapping[str, OFTConfig], seed: int) -> RotationBank:
         """Rotations for the diffusion model. Raises ConfigError if nothing can be trained."""
@@ -138,9 +142,13 @@ class WebModel(PictureLatents):
 
     def draw(self, plan: SamplePlan, size: tuple[int, int], batch_size: int) -> Tensor:
         """IMAGE (n, h, w, 3) on the CPU, one for every prompt."""
+        for text in (*plan.prompts, plan.negative):
+            self._cond(text, size)
+        self.load()
         latents = [self.sample_latent(text, plan, size, plan.seed) for text in plan.prompts]
         with torch.no_grad():
             images = [self.trainee.decode(latent).float().cpu().clone().clamp(0, 1) for latent in latents]
+        self.load()
         return torch.cat(images).movedim(1, -1)
 
     # --- files ---

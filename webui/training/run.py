@@ -39,7 +39,8 @@ class WebRun(TrainingRun):
         self.shown = shown
         trainee = host.trainee(sd_model)
         model = WebModel(trainee, host.parts(sd_model), low_vram=plan.low_vram, interrupted=self.interrupted)
-        known = identity(trainee.net)
+        with trainee.ready():  # what an earlier picture's tags have done is no part of it
+            known = identity(trainee.net)
         # The text encoders and the VAE come with the checkpoint, or are chosen in the host's settings.
         beside = f"{trainee.file} {getattr(shared.opts, 'sd_vae', '')} {getattr(shared.opts, 'CLIP_stop_at_last_layers', 1)}"
         digests = {"model": known, "clip": beside, "vae": beside, "pictures": dataset.digest}

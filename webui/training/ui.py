@@ -14,7 +14,7 @@ import gradio as gr
 from modules import call_queue, shared
 from PIL import Image
 
-from ...oft_core.errors import AdapterError
+from ...oft_core.errors import AdapterError, printable
 from ...oft_core.training import ConfigError
 from ...oft_core.training.dataset import build as gather
 from ...oft_core.training.dataset import to_pillow
@@ -105,6 +105,8 @@ class _Work:
                 self.fault = self.line if done else "Stopped before the first step; nothing was written."
             except AdapterError as error:
                 self.fault = str(error)
+            except OSError as error:
+                self.fault = f"{error.strerror or error}; file: {printable(str(error.filename or ''), 1000)}"
             finally:
                 shared.state.end()
                 files.refresh()

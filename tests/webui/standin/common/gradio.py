@@ -15,3 +15,7 @@ class Radio:
 
 class Textbox:
     pass
+
+
+def update(**changes):
+    return changes

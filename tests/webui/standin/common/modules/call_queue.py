@@ -1,6 +1,9 @@
 """The hosts' queue for what takes long; ours has no second place."""
 
 import functools
+import threading
+
+queue_lock = threading.Lock()
 
 
 def wrap_gradio_gpu_call(func, extra_outputs=None):

@@ -25,7 +25,21 @@ class Options:
             raise AttributeError(name) from None
 
 
+class State:
+    interrupted = stopping_generation = False
+    job, job_count, sampling_step, sampling_steps, textinfo = "", 0, 0, 0, None
+
+    def begin(self, job="(unknown)"):
+        self.job, self.interrupted, self.stopping_generation = job, False, False
+
+    def end(self):
+        self.job = ""
+
+    def interrupt(self):
+        self.interrupted = True
+
+
 opts = Options()
 cmd_opts = SimpleNamespace(lora_dir="", oft_dir=None)
-state = SimpleNamespace(interrupted=False)
+state = State()
 sd_model = None

@@ -1,0 +1,1 @@
+from backend.attention import attention_function  # noqa: F401
