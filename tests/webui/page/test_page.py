@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -196,6 +197,20 @@ def test_the_last_picture_of_nobody(page, app):
     _tab(page, "Last picture")
     page.locator("#oft_last_go").click()
     _wait(page, "oft_last_report", "No picture has been drawn")
+
+
+def test_the_training_says_what_is_missing(page, app):
+    _tab(page, "OFT")
+    _tab(page, "Train")
+    _text(page, "oft_train_folder").fill(str(app.checkpoints / "nowhere"))
+    page.locator("#oft_train_go").click()
+    _wait(page, "oft_train_status", "There is no such folder of pictures")
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(app.checkpoints / "picture.png")
+    _text(page, "oft_train_folder").fill(str(app.checkpoints))
+    page.locator("#oft_train_go").click()
+    _wait(page, "oft_train_status", "There is no model to train")
+    _shoot(page, app, "train")
+    (app.checkpoints / "picture.png").unlink()
 
 
 def test_merge_and_what_cannot_be(page, app):
