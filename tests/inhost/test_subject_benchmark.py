@@ -19,6 +19,7 @@ from oft_core.training import OFTConfig
 
 for package in ("peft", "lycoris", "matplotlib"):
     pytest.importorskip(package)
+before = list(sys.path)
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import subject
@@ -27,6 +28,9 @@ import subject_metrics as metrics
 import subject_report
 import subject_selectivity as selectivity
 import subject_task
+
+# The benchmark looks for its imports in the repository's folder; with that on the path our `nodes` would hide ComfyUI's.
+sys.path[:] = before
 
 
 def world() -> subject_task.World:
