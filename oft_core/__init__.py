@@ -18,6 +18,7 @@ from .errors import (
 from .formats import ReadOptions
 from .layer import Built, Diff, LayerRotation, build_all
 from .merge import merge_file
+from .model_folder import merge_folder
 from .names import NameIndex, Target, component, guess_family
 from .report import Report, describe
 from .schedule import Schedule
@@ -27,5 +28,5 @@ __all__ = [
     "COFT_CHOICES", "MODES", "Adapter", "AdapterError", "Binding", "BlockError", "BlockWeights", "Built", "Constraint",
     "Diff", "Entry", "FileError", "FormatError", "LayerRotation", "ModelMismatch", "NameIndex", "Patch", "ReadOptions",
     "Report", "Schedule", "ScheduleError", "ShapeError", "StackError", "Strength", "StrengthError", "Target", "ValueFault",
-    "build_all", "component", "describe", "guess_family", "load_adapter", "merge_file", "read_tensors",
+    "build_all", "component", "describe", "guess_family", "load_adapter", "merge_file", "merge_folder", "read_tensors",
 ]

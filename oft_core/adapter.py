@@ -385,6 +385,9 @@ def read_tensors(
     kohya_names = any(k.startswith(("lora_", "oft_unet_", "oftv2_", "lycoris_")) for k in tensors)
     context.peft = peft_reason(tensors, context, config is not None and not kohya_names)
     context.config = config if context.peft else None
+    said = (context.config or {}).get("base_model_name_or_path")
+    if isinstance(said, str) and said.strip():
+        metadata.setdefault(PEFT_BASE, said.strip())
     modules, unknown = group(tensors, context)
     clip = loose_clip(modules)
     entries: dict[str, Entry] = {}
@@ -416,6 +419,8 @@ def read_tensors(
     )
 
 
+#: Metadata: what PEFT's config calls the base model.
+PEFT_BASE = "peft_base_model"
 _READABLE = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,

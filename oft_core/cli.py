@@ -23,6 +23,7 @@ from .constraint import COFT_CHOICES, MODES, Strength
 from .errors import AdapterError, FileError, printable
 from .formats import ReadOptions
 from .merge import DTYPES, merge_file
+from .model_folder import merge_folder
 from .names import NameIndex
 from .report import describe
 
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", parents=[reading], help="bake an adapter into a model file")
     merge.add_argument("adapter", metavar="ADAPTER")
-    merge.add_argument("base", metavar="BASE", help="any safetensors model file or part of one")
+    merge.add_argument("base", metavar="BASE", help="any safetensors model file or part of one, or a folder of Hugging Face's form")
     merge.add_argument("-o", "--output", required=True, metavar="OUT")
     merge.add_argument("--strength", type=float, default=1.0, metavar="S")
     merge.add_argument("--mode", choices=MODES, default="rotation")
@@ -146,7 +147,8 @@ def _merge(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        binding = merge_file(
+        merge = merge_folder if os.path.isdir(args.base) else merge_file
+        binding = merge(
             adapter, args.base, args.output, strength, dtype=args.dtype, progress=progress, allow_partial=args.allow_partial
         )
     merged = len(binding.matched) - len(binding.idle)

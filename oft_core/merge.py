@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +20,7 @@ from .block_weights import factors
 from .blocks import row_norms, store_
 from .constraint import Strength
 from .errors import FileError, ModelMismatch
-from .names import NameIndex, guess_family
+from .names import NameIndex, guess_family, is_language_model
 
 #: Bytes copied at once for tensors that stay as they are.
 _COPY = 1 << 24
@@ -27,6 +28,8 @@ _COPY = 1 << 24
 SCALES = ("scale_weight", "weight_scale", "comfy_quant")
 #: What bitsandbytes stores beside its codes: 4 bits, and 8 bits.
 _BITSANDBYTES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB")
+#: Names of the files of a model that is stored in several.
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 #: Key in the output's metadata: a JSON list of what was merged, oldest first.
 METADATA_KEY = "oft_merge"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,19 +72,12 @@ _OTHER_BASES = {
 def _check_kind(path: Path) -> None:
     """Raises FileError for what is no safetensors file, saying what it is and what to do."""
     if path.is_dir():
-        shards = sorted(p.name for p in path.glob("*.safetensors"))
-        found = "an empty folder or one of other files" if not shards else f"a folder with {', '.join(shards[:5])}"
-        if len(shards) > 1:
-            found = f"a folder of {len(shards)} safetensors files, such as {shards[0]}"
-        raise FileError(
-            "The base is a folder", file=path, found=found, expected="one safetensors file",
-            hint="Name the file in it." if len(shards) == 1 else "Join shards into one file first, or name one of them with --allow-partial.",
-        )
+        raise FileError("This is a folder", file=path, expected="one safetensors file")
     if not path.is_file():
         raise FileError("There is no such file", file=path)
     kind, hint = _OTHER_BASES.get(path.suffix.lower(), ("", ""))
     if path.name.lower().endswith(".index.json"):
-        kind, hint = "the list of a sharded model's files", "Join the shards into one file first, or name one of them with --allow-partial."
+        kind, hint = "the list of a sharded model's files", "Name the folder that it is in."
     if kind:
         raise FileError("The base is not a safetensors file", file=path, found=kind, expected="one safetensors file", hint=hint)
 
@@ -133,6 +129,32 @@ def merge_file(
         if out.exists() and source.exists() and os.path.samefile(out, source):
             raise FileError("The output would overwrite an input", file=out, hint="Choose another output name.")
     stored, metadata = read_header(base)
+    binding, jobs = planned(adapter, stored, base, strength, allow_partial)
+    target = None if dtype == "keep" else DTYPES[dtype]
+    metadata[METADATA_KEY] = json.dumps(history(metadata) + [record(adapter, strength, binding)])
+    header, total = layout(stored, metadata, target)
+
+    def write(temporary: str) -> None:
+        done = 0
+        with open(temporary, "wb") as sink, open(base, "rb") as source:
+            sink.write(header)
+            for key, item in stored.items():
+                sink.writelines(tensor_bytes(source, item, jobs.get(key, []), target, base))
+                done += item.end - item.begin
+                if progress is not None:
+                    progress(done, total)
+
+    atomically(out, write)
+    return binding
+
+
+def planned(
+    adapter: Adapter, stored: Mapping[str, Stored], base: Path, strength: Strength, allow_partial: bool
+) -> tuple[Binding, dict[str, list[Job]]]:
+    """Where the adapter's layers go, and key -> changes of each tensor. Raises as `merge_file` for what cannot be merged.
+
+    stored: all tensors of the base, in one file or several.   base: the file or folder, for messages.
+    """
     quantised = next((k for k in stored if k.endswith(_BITSANDBYTES)), None)
     if quantised is not None:
         raise FileError(
@@ -161,42 +183,32 @@ def merge_file(
             jobs.setdefault(patch.key, []).append((patch, at))
     changed = {patch.module for tensor_jobs in jobs.values() for patch, _ in tensor_jobs}
     binding.idle = [m for m in binding.matched if m not in changed]
-
-    target = None if dtype == "keep" else DTYPES[dtype]
-    metadata[METADATA_KEY] = json.dumps(_history(metadata) + [_record(adapter, strength, binding)])
-    header, total = _layout(stored, metadata, target)
-
-    def write(temporary: str) -> None:
-        done = 0
-        with open(temporary, "wb") as sink, open(base, "rb") as source:
-            sink.write(header)
-            for key, item in stored.items():
-                sink.writelines(_tensor_bytes(source, item, jobs.get(key, []), target, base))
-                done += item.end - item.begin
-                if progress is not None:
-                    progress(done, total)
-
-    atomically(out, write)
-    return binding
+    return binding, jobs
 
 
 def _check_whole(binding: Binding, base: Path) -> None:
     """Raises ModelMismatch for an adapter of another family, or of which a part that the base has takes only some layers."""
     adapter, hint = binding.adapter, "If that is meant, use --allow-partial."
+    if SHARD.search(base.name):
+        hint = f"This file is one of several of a model: name the folder that it is in. {hint}"
     if binding.other_family:
         raise ModelMismatch(
             "The adapter's metadata names another kind of model", file=adapter.path, found=f"made for {binding.other_family}",
             expected=f"{binding.family}, as {base.name}", hint=hint,
         )
-    if binding.missing:
+    language = is_language_model(adapter.entries)
+    # A language model is one part; of diffusion models a base may lack the text encoders.
+    missing = list(binding.unmatched) if language else binding.missing
+    if missing:
+        kind = "a language model" if language else guess_family(adapter.entries)
         raise ModelMismatch(
-            "Not all layers of this adapter have a place in the base", file=adapter.path, module=binding.missing[0],
-            found=f"{len(binding.matched)} of {len(binding.matched) + len(binding.missing)} layers fit, a file for {guess_family(adapter.entries)}",
+            "Not all layers of this adapter have a place in the base", file=adapter.path, module=missing[0],
+            found=f"{len(binding.matched)} of {len(binding.matched) + len(missing)} layers fit, a file for {kind}",
             expected=f"all of them in {base.name}, a model of {binding.family}", hint=hint,
         )
 
 
-def _history(metadata: dict[str, str]) -> list:
+def history(metadata: dict[str, str]) -> list:
     try:
         earlier = json.loads(metadata.get(METADATA_KEY, "[]"))
     except (ValueError, RecursionError):
@@ -204,7 +216,7 @@ def _history(metadata: dict[str, str]) -> list:
     return earlier if isinstance(earlier, list) else []
 
 
-def _record(adapter: Adapter, strength: Strength, binding: Binding) -> dict:
+def record(adapter: Adapter, strength: Strength, binding: Binding) -> dict:
     blocks = {} if adapter.blocks is None else {"blocks": str(adapter.blocks)}
     return {
         "adapter": adapter.name, "dialect": adapter.dialect, "strength": strength.value, "mode": strength.mode,
@@ -212,7 +224,7 @@ def _record(adapter: Adapter, strength: Strength, binding: Binding) -> dict:
     }
 
 
-def _layout(stored: dict[str, Stored], metadata: dict[str, str], target: torch.dtype | None) -> tuple[bytes, int]:
+def layout(stored: dict[str, Stored], metadata: dict[str, str], target: torch.dtype | None) -> tuple[bytes, int]:
     """The output's header as bytes, and the number of bytes to read for the progress."""
     header: dict[str, object] = {"__metadata__": metadata}
     at = 0
@@ -229,7 +241,7 @@ def _layout(stored: dict[str, Stored], metadata: dict[str, str], target: torch.d
     return len(text).to_bytes(8, "little") + text, sum(s.end - s.begin for s in stored.values())
 
 
-def _tensor_bytes(
+def tensor_bytes(
     source: BinaryIO, item: Stored, patches: list[Job], target: torch.dtype | None, file: Path
 ) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor of the output."""
@@ -267,4 +279,4 @@ def _base_norms(weight: Tensor, patches: list[Patch]) -> dict[tuple[int, int] | 
     }
 
 
-__all__ = ["DTYPES", "METADATA_KEY", "Stored", "merge_file", "read_header"]
+__all__ = ["DTYPES", "METADATA_KEY", "Stored", "merge_file", "planned", "read_header"]

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from .adapter import Adapter, Binding
+from .adapter import PEFT_BASE, Adapter, Binding
 from .constraint import Strength
 from .errors import printable
 from .formats import DIALECTS
 from .layer import Diff, LayerRotation
 from .measure import measure
-from .names import guess_family
+from .names import guess_family, is_language_model
 
 _TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger", "trigger_words", "ss_trigger", "instance_prompt")
 _SHOWN_METADATA = (
@@ -43,7 +43,7 @@ class Report:
     Angles in degrees, at strength 1 with the limits of ``coft``. angles_estimated: the largest is that of the strongest blocks only (of
     very large files); mean_estimated: the mean is from a sample of the blocks (of most full-size files). orthogonality_error: upper
     bound of |M^T M - I| over the entries of all blocks at strength 1; measured where finished matrices are stored.
-    radius_in_use: largest stored generator norm over its limit; above 1 the limit is active; None without a limit, or if it is 0.
+    language: whether it turns a language model.   radius_in_use: largest stored generator norm over its limit; above 1 the limit is active; None without a limit, or if it is 0.
     """
 
     file: str
@@ -65,6 +65,7 @@ class Report:
     limits_active: int
     row_scales: bool
     base_model: str
+    language: bool
     trigger_words: list[str]
     metadata: dict[str, str]
     strength: dict | None
@@ -86,7 +87,7 @@ class Report:
             coft = f"{coft:g} degrees" if isinstance(coft, float) else coft
             lines.append(f"Strength {self.strength['value']:g}, mode {self.strength['mode']}, COFT {coft}.")
         for name, part in self.components.items():
-            label = _NAMES.get(name, name)
+            label = "Language model" if self.language and name == "unet" else _NAMES.get(name, name)
             if part.matched is None:
                 lines.append(f"{label}: {part.layers} layers")
             else:
@@ -153,7 +154,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
         angles_estimated=measures.top_estimated, mean_estimated=measures.mean_estimated, orthogonality_error=measures.error,
         constraint=limits[0].family if limits else None, radius_in_use=max(uses) if uses and max(uses) < math.inf else None,
         limits_active=sum(u > 1 for u in uses), row_scales=any(r.row_scale is not None for r in rotations),
-        base_model=_base_model(adapter), trigger_words=trigger_words(adapter.metadata),
+        base_model=_base_model(adapter), language=is_language_model(adapter.entries), trigger_words=trigger_words(adapter.metadata),
         metadata={k: printable(adapter.metadata[k]) for k in _SHOWN_METADATA if adapter.metadata.get(k)},
         strength=None if strength is None else {"value": strength.value, "mode": strength.mode, "coft": strength.coft},
         notes=[*adapter.notes, *_of_two_experts(adapter, binding)], warnings=warnings,
@@ -230,9 +231,12 @@ def _components(adapter: Adapter, binding: Binding | None) -> dict[str, Componen
     return dict(sorted(out.items(), key=lambda item: list(_NAMES).index(item[0])))
 
 
+_BASE_KEYS = ("ss_base_model_version", "modelspec.architecture", PEFT_BASE)
+
+
 def _base_model(adapter: Adapter) -> str:
-    known = adapter.metadata.get("ss_base_model_version") or adapter.metadata.get("modelspec.architecture") or ""
-    guess = guess_family(adapter.entries)
+    known = next((said for key in _BASE_KEYS if (said := adapter.metadata.get(key))), "")
+    guess = "a language model" if is_language_model(adapter.entries) else guess_family(adapter.entries)
     return f"{known} (names: {guess})" if known else guess
 
 

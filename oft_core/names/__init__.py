@@ -5,8 +5,11 @@ encoder prefixes), and so do the models. `NameIndex` reads the parameter names o
 `resolve(module name)` with a dictionary look-up. Pure Python.
 """
 
-from .families import DECLARED, declared_family, guess_family
+from .families import DECLARED, declared_family, guess_family, is_language_model
 from .index import NameIndex, Spelling, Target
 from .spelling import component, loose_clip
 
-__all__ = ["DECLARED", "NameIndex", "Spelling", "Target", "component", "declared_family", "guess_family", "loose_clip"]
+__all__ = [
+    "DECLARED", "NameIndex", "Spelling", "Target", "component", "declared_family", "guess_family", "is_language_model",
+    "loose_clip",
+]

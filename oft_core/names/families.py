@@ -100,6 +100,17 @@ def declared_family(metadata: Mapping[str, str]) -> str:
     return ""
 
 
+_LANGUAGE = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.(?:language_model\.)?layers\.\d+\.(?:self_attn|mlp|linear_attn)\.|transformer\.h\.\d+\.(?:attn|mlp)\.|"
+    r"gpt_neox\.layers\.\d+\.|model\.decoder\.layers\.\d+\.(?:self_attn|fc\d))"
+)
+
+
+def is_language_model(modules: Iterable[str]) -> bool:
+    """Whether an adapter file turns a language model (Llama, Qwen, GPT-2, OPT and the like), from its module names alone."""
+    return any(_LANGUAGE.match(clean(module)) for module in modules)
+
+
 # What only this family's files have. The first hit wins.
 _FILE_MARKS = tuple(
     (family, re.compile(pattern))

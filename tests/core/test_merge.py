@@ -162,7 +162,7 @@ def test_mostly_for_another_model_is_said(files: tuple[Path, Path, Path]) -> Non
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("shards", "a folder of 2 safetensors files"), ("one", "Name the file"), ("model.safetensors.index.json", "sharded"),
+        ("shards", "2 safetensors files"), ("model.safetensors.index.json", "sharded"),
         ("model.gguf", "GGUF"), ("model.ckpt", "pickle"), ("none.safetensors", "no such file"),
     ],
 )
@@ -173,7 +173,7 @@ def test_other_bases_are_called_what_they_are(
     path = base.with_name(name)
     if "." not in name:
         path.mkdir()
-        for i in range(2 if name == "shards" else 1):
+        for i in range(2):
             (path / f"model-{i}.safetensors").write_bytes(base.read_bytes())
     elif not name.startswith("none"):
         path.write_bytes(b"{}")
