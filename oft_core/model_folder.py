@@ -17,8 +17,8 @@ from .constraint import Strength
 from .errors import FileError, ModelMismatch
 from .merge import DTYPES, METADATA_KEY, Stored, history, layout, planned, read_header, record, tensor_bytes
 
-#: Files that hold weights in another form, which would be those of the base.
-_OTHER_WEIGHTS = re.compile(r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)$|\.(bin|pt)\.index\.json$", re.IGNORECASE)
+#: Files of weights: those of the model are written anew, others would be those of the base.
+_OTHER_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)$|\.(bin|pt)\.index\.json$", re.IGNORECASE)
 _INDEX = ".safetensors.index.json"
 _OUTPUT_LAYER = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)$")
 
@@ -158,9 +158,8 @@ def _all_of(base: Path, out: Path, folder: Folder, written: Callable[[str, Path]
         raise FileError("The folder cannot be written", file=out, found=error.strerror or str(error)) from error
     try:
         for path in sorted(base.iterdir()):
-            if path.is_file() and path.name not in folder.shards and path.name != folder.index and not _OTHER_WEIGHTS.search(path.name):
-                if not path.name.endswith(".safetensors"):
-                    shutil.copyfile(path, made / path.name)
+            if path.is_file() and path.name != folder.index and not _OTHER_WEIGHTS.search(path.name):
+                shutil.copyfile(path, made / path.name)
         size = sum(written(name, made / name) for name in folder.shards)
         if folder.index:
             content = _json(base / folder.index)

@@ -113,7 +113,7 @@ def test_a_report_says_what_it_is(tmp_path):
 def test_one_shard_alone_names_the_folder(tmp_path, capsys):
     base = saved(llama(), tmp_path / "base", "20KB")
     trained(llama(), tmp_path / "adapter")
-    shard = sorted(base.glob("*.safetensors"))[0]
+    shard = min(base.glob("*.safetensors"))
     assert main(["merge", str(tmp_path / "adapter"), str(shard), "-o", str(tmp_path / "x.safetensors")]) == 1
     assert "one of several" in capsys.readouterr().err
     index = base / "model.safetensors.index.json"
