@@ -31,6 +31,7 @@ from ..oft_core.convert import FOLDER, convert
 from ..oft_core.errors import printable
 from ..oft_core.formats.write import WRITERS
 from ..oft_core.merge import DTYPES
+from ..oft_core.pictures import adapter_picture
 from . import activation, files
 from .training import ui
 
@@ -59,7 +60,8 @@ def _inspect() -> None:
     text = gr.Textbox(label="Report", lines=20, max_lines=60, interactive=False, elem_id="oft_inspect_report")
     with gr.Accordion("As JSON", open=False):
         data = gr.Code(label="JSON", language="json", interactive=False, elem_id="oft_inspect_json")
-    go.click(fn=inspect, inputs=[file], outputs=[text, data])
+    picture = gr.Image(label="Angles by layer and block", interactive=False, elem_id="oft_inspect_picture")
+    go.click(fn=inspect, inputs=[file], outputs=[text, data, picture])
 
 
 def _last() -> None:
@@ -157,13 +159,14 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def inspect(name: str | None) -> tuple[str, str]:
-    """(report, the same as JSON) of a listed file."""
+def inspect(name: str | None) -> tuple[str, str, Any]:
+    """(report, the same as JSON, picture of the angles) of a listed file."""
     try:
-        report = describe(files.read(_file(name)))
+        adapter = files.read(_file(name))
+        report = describe(adapter)
+        return report.to_text(), report.to_json(), adapter_picture(adapter)
     except AdapterError as error:
-        return str(error), ""
-    return report.to_text(), report.to_json()
+        return str(error), "", None
 
 
 def last_picture() -> str:

@@ -189,6 +189,8 @@ def test_inspect(page, app):
     page.locator("#oft_inspect_go").click()
     report = _wait(page, "oft_inspect_report", "Largest angle")
     assert "LyCORIS Diag-OFT" in report
+    page.wait_for_selector("#oft_inspect_picture img", timeout=60_000)
+    assert page.evaluate("document.querySelector('#oft_inspect_picture img').naturalWidth") == 1200
     _shoot(page, app, "inspect")
 
 
