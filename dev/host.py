@@ -170,6 +170,7 @@ class Host:
             "OMP_NUM_THREADS": "1",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PIP_NO_INPUT": "1",
+            "PIP_NO_COMPILE": "no",  # (pip's way of saying yes.) A third of the time; Python compiles what it imports.
             "PYTHONNOUSERSITE": "1",
         }
         for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER"):

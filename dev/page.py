@@ -239,7 +239,7 @@ class ComfyPage(Window):
     def load_workflow(self, workflow: dict) -> None:
         """Load a saved workflow (page format), as dropping the file onto the page does."""
         self.page.evaluate("(w) => app.loadGraphData(w)", workflow)
-        self.page.wait_for_timeout(500)
+        self.page.wait_for_timeout(200)
 
     def prompt(self) -> dict:
         """The API-format prompt that the page would send."""
@@ -253,7 +253,7 @@ class ComfyPage(Window):
                 app.canvas.setDirty(true, true);
             }"""
         )
-        self.page.wait_for_timeout(600)
+        self.page.wait_for_timeout(300)
 
     def run(self, timeout: float = 120.0) -> dict:
         """Queue the graph as the Run button does, and wait; returns the history entry. Or TimeoutError."""
@@ -264,9 +264,9 @@ class ComfyPage(Window):
             entries = self._history()
             new = set(entries) - before
             if new:
-                self.page.wait_for_timeout(500)
+                self.page.wait_for_timeout(200)
                 return entries[new.pop()]
-            self.page.wait_for_timeout(200)
+            self.page.wait_for_timeout(100)
         raise TimeoutError(f"no finished prompt after {timeout:.0f} s; dialogs: {self.dialog_texts()}")
 
     def _history(self) -> dict:

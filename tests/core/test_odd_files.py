@@ -249,7 +249,7 @@ def test_a_full_disk_names_the_output(tmp_path: Path, capsys: pytest.CaptureFixt
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("oft_core.merge._tensor_bytes", full)
+    monkeypatch.setattr("oft_core.merge.tensor_bytes", full)
     assert main([*command, str(tmp_path / "out.safetensors")]) == 1
     error = capsys.readouterr().err
     assert f"file: {tmp_path / 'out.safetensors'}; found: No space left" in error

@@ -39,9 +39,8 @@ def python_with(gradio: str) -> Path:
         return python
     shutil.rmtree(root, ignore_errors=True)
     venv.create(root, with_pip=True)
-    run = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins], capture_output=True, text=True, check=False
-    )
+    command = [str(python), "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *pins]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"gradio {gradio} cannot be installed: {run.stderr[-2000:]}")
     site = next(root.glob("lib/python*/site-packages"), root / "Lib" / "site-packages")
