@@ -172,13 +172,13 @@ def compare_patch(
         for label, dtype in dtypes.items():
             weight = rounded(base.double(), dtype).to(dtype)
             before = weight.double()
-            norm = row_norms(weight.float()[start : start + length]) if op.needs_base_norm else None
+            norm = row_norms(weight.float()[start : start + length]) if op.needs_base else None
             want = exact_patch(patch, before, strength, built, norm)
             size, lost = (want - before).norm(), (rounded(want, dtype) - want).norm()
             if size == 0:
                 continue
             got = weight.to(device, copy=True)
-            patch.apply_(got, strength, rotation=on_device, base_row_norm=None if norm is None else norm.to(device))
+            patch.apply_(got, strength, rotation=on_device, measured=None if norm is None else norm.to(device))
             off = (got.cpu().double() - want).norm()
             tally.add("weight", source, label, float(off / size), float(off / lost) if lost > 0 else 0.0, where)
             if x is not None:
@@ -246,10 +246,10 @@ def golden_merges(setup: Setup, section: Section) -> None:
         adapter = load_adapter(job.folder / job.adapter, ReadOptions(allow_pickle=True))
         for patch in adapter.bind(NameIndex({k: tuple(v.shape) for k, v in base.items()})).patches:
             norm = None
-            if patch.op.needs_base_norm:
+            if patch.op.needs_base:
                 whole = base[patch.key] if patch.rows is None else base[patch.key].narrow(0, *patch.rows)
                 norm = row_norms(whole).to(setup.device)
-            patch.apply_(got[patch.key], Strength(job.multiplier, job.mode), base_row_norm=norm)
+            patch.apply_(got[patch.key], Strength(job.multiplier, job.mode), measured=norm)
         found = golden.faults({k: v.cpu() for k, v in got.items()}, load_file(job.folder / job.expected), base, info["tolerance"])
         total += 1
         passed += not found

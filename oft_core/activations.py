@@ -47,6 +47,20 @@ class Blocks:
         return y if self.index is None else y[:, torch.argsort(self.index)]
 
 
+@dataclass(frozen=True)
+class Subspace:
+    """Multiplication by 1 + V (m - 1) V^T, m (k, k) and V (size, k) float32."""
+
+    m: Tensor
+    basis: Tensor
+
+    def __call__(self, x: Tensor, transpose: bool) -> Tensor:
+        """x (t, size) with vectors as rows."""
+        change = self.m.to(x.dtype) - torch.eye(len(self.m), dtype=x.dtype, device=x.device)
+        basis = self.basis.to(x.dtype)
+        return torch.addmm(x, x @ basis @ (change if transpose else change.t()), basis.t())
+
+
 def _times(x: Tensor, right: Tensor) -> Tensor:
     """x (t, n*b) times blockdiag(right), right (n or 1, b, b)."""
     b = right.shape[-1]
@@ -60,20 +74,20 @@ def _times(x: Tensor, right: Tensor) -> Tensor:
 class AxisMap:
     """A linear map A of the vectors along one axis: its steps in acting order (blocks, or factors (size,)), mixed with 1."""
 
-    steps: tuple[Blocks | Tensor, ...]
+    steps: tuple[Blocks | Subspace | Tensor, ...]
     mix: float | None = None
 
     def __call__(self, x: Tensor, transpose: bool = False) -> Tensor:
         """Rows of x (t, size), float32 or float64: x -> A x, or A^T x."""
         y = x
         for step in reversed(self.steps) if transpose else self.steps:
-            y = step(y, transpose) if isinstance(step, Blocks) else y * step.to(y.dtype)
+            y = y * step.to(y.dtype) if isinstance(step, Tensor) else step(y, transpose)
         return y if self.mix is None else torch.lerp(x, y, self.mix)
 
     @property
     def local(self) -> bool:
         """Whether every entry depends on the same entry only."""
-        return not any(isinstance(step, Blocks) for step in self.steps)
+        return all(isinstance(step, Tensor) for step in self.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +102,11 @@ class Term:
 
 
 def terms_of(
-    op: LayerRotation | Diff, strength: Strength, built: Built | None, row_norm: Tensor | None, device: torch.device | str
+    op: LayerRotation | Diff, strength: Strength, built: Built | None, measured: Tensor | None, device: torch.device | str
 ) -> list[Term]:
     """What ``op.apply_`` does to a weight (out, in), as a sum of terms on ``device``.
 
-    built: what ``op.build`` gave for the same strength. row_norm: (out,) the norms that ``op.norm_of`` asks for; of the arriving
+    built: what ``op.build`` gave for the same strength. measured: what ``op.measure`` gave; norms of ``norm_of`` current of the arriving
     weight with ``arriving_delta`` added. Raises ShapeError for rotations of the weight's memory, which are no maps of activations.
     """
     s = strength.value
@@ -105,7 +119,7 @@ def terms_of(
         raise ShapeError("A rotation of the weight's memory is not one of activations")
     delta, gain = arriving_delta(op, strength)
     straight = strength.mode == "linear" and delta is not None
-    f = op.factors(built, op.row_factors(row_norm, device), Strength() if straight else strength, device)
+    f = op.factors(built, measured, Strength() if straight else strength, device)
     along, across = (f.rows, f.cols) if op.side == "out" else (f.cols, f.rows)
     turn = _axis_map(f, along, f.mix if across is None else None)
     scale = None if across is None else AxisMap((across,))
@@ -122,6 +136,8 @@ def terms_of(
 
 def _axis_map(f: Factors, along: Tensor | None, mix: float | None) -> AxisMap:
     """The rotation, factors of the same axis and mixing as one map; a single stage takes the others into its blocks."""
+    if f.basis is not None:
+        return AxisMap((Subspace(f.stages[0][0], f.basis),), mix)
     index = f.permutations or [None] * len(f.stages)
     if len(f.stages) == 1 and index[0] is None:
         return AxisMap((Blocks(multiply.fold(f.stages[0], along, mix, f.inverse, f.count)),))

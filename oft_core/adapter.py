@@ -90,31 +90,42 @@ class Patch:
     swap_halves: bool = False
 
     def apply_(
-        self, weight: Tensor, strength: Strength, *, rotation: Built | None = None, base_row_norm: Tensor | None = None
+        self, weight: Tensor, strength: Strength, *, rotation: Built | None = None, measured: Tensor | None = None
     ) -> None:
-        """Apply to the whole parameter ``weight`` in place; see ``LayerRotation.apply_``. base_row_norm: (rows,) in base order."""
+        """Apply to the whole parameter ``weight`` in place; see ``LayerRotation.apply_``. measured: as ``measure`` gives."""
         view = weight if self.rows is None else weight.narrow(0, *self.rows)
         try:
-            apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, base_row_norm=base_row_norm)
+            apply_swapped_(self.op, view, strength, self.swap_halves, rotation=rotation, measured=measured)
         except AdapterError as error:
             error.module = error.module or self.module
             raise
 
 
+    def measure(self, weight: Tensor) -> Tensor | None:
+        """What the operation needs of the whole unpatched parameter ``weight`` (see ``LayerRotation.measure``), or None; norms in its order."""
+        if not self.op.needs_base:
+            return None
+        view = weight if self.rows is None else weight.narrow(0, *self.rows)
+        if self.swap_halves and isinstance(self.op, LayerRotation) and self.op.basis_of is not None:
+            view = torch.cat(view.chunk(2)[::-1])
+        return self.op.measure(view)
+
+
 def apply_swapped_(
     op: LayerRotation | Diff, view: Tensor, strength: Strength, swap: bool, *,
-    rotation: Built | None = None, base_row_norm: Tensor | None = None,
+    rotation: Built | None = None, measured: Tensor | None = None,
 ) -> None:
     """Apply ``op`` in place to ``view``, through a copy with exchanged halves if ``swap`` (one small AdaLN layer a model)."""
     if strength.value == 0:
         return
     if not swap:
-        op.apply_(view, strength, rotation=rotation, base_row_norm=base_row_norm)
+        op.apply_(view, strength, rotation=rotation, measured=measured)
         return
     half = view.shape[0] // 2
     work = torch.cat([view[half:], view[:half]])
-    norm = None if base_row_norm is None else torch.cat([base_row_norm[half:], base_row_norm[:half]])
-    op.apply_(work, strength, rotation=rotation, base_row_norm=norm)
+    if measured is not None and measured.ndim == 1:
+        measured = torch.cat([measured[half:], measured[:half]])
+    op.apply_(work, strength, rotation=rotation, measured=measured)
     view[:half].copy_(work[half:])
     view[half:].copy_(work[:half])
 
@@ -358,7 +369,7 @@ def _read_pickle(path: Path, options: ReadOptions) -> dict[str, Tensor]:
 
 
 def _neighbour_config(path: Path) -> dict | None:
-    """``adapter_config.json`` of an OFT or BOFT adapter in the same folder, else None."""
+    """``adapter_config.json`` of an OFT adapter or a relative's in the same folder, else None."""
     config = path.parent / "adapter_config.json"
     if not config.is_file():
         return None
@@ -366,7 +377,7 @@ def _neighbour_config(path: Path) -> dict | None:
         content = json.loads(config.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FileError("The adapter_config.json beside the file cannot be read", file=config, found=str(error)) from error
-    if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT"):
+    if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT", "HRA", "ROAD", "PSOFT"):
         return content
     return None
 

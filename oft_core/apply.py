@@ -29,6 +29,8 @@ class Factors:
     mix: float | None
     inverse: bool
     count: int
+    #: (axis, b) orthonormal, of the subspace that the one stage turns; None: the entries themselves.
+    basis: Tensor | None = None
 
 
 def apply_layer_(
@@ -37,12 +39,13 @@ def apply_layer_(
     strength: Strength,
     *,
     rotation: Built | None = None,
-    base_row_norm: Tensor | None = None,
+    measured: Tensor | None = None,
 ) -> None:
     """Apply to ``weight`` (out, ...) in place, block by block; float32 arithmetic, one rounding to the weight's dtype.
 
     weight: any floating dtype and device; a row slice of a larger tensor is fine. rotation: what ``build`` gave for the same
-    strength, to save building it again. base_row_norm: (out,) norms of the unpatched rows, needed if ``needs_base_norm``.
+    strength, to save building it again. measured: what ``LayerRotation.measure`` gave of the unpatched weight, needed if
+    ``needs_base``.
     In the modes rotation and geodesic a negative strength undoes the positive one: M(-s) = M(s)^-1, row factors in reverse order.
     """
     built = rotation if rotation is not None else layer.build(strength, weight.device)
@@ -51,7 +54,7 @@ def apply_layer_(
     if layer.added is not None:
         _apply_added_(layer, weight, strength, built)
         return
-    _multiply_(layer, weight, built, _row_factors(layer, weight, base_row_norm), strength)
+    _multiply_(layer, weight, built, measured, strength)
 
 
 def _apply_added_(layer: LayerRotation, weight: Tensor, strength: Strength, built: Built) -> None:
@@ -60,18 +63,12 @@ def _apply_added_(layer: LayerRotation, weight: Tensor, strength: Strength, buil
     delta = moved(layer.added, weight.device, torch.float32).reshape(weight.shape)
     if strength.mode == "linear":
         work = weight.float() + delta
-        _multiply_(layer, work, built, _row_factors(layer, work, None), Strength())
+        _multiply_(layer, work, built, None, Strength())
         work = torch.lerp(weight.float(), work, s)
     else:
         work = torch.add(weight.float(), delta, alpha=s)
-        _multiply_(layer, work, built, _row_factors(layer, work, None), strength)
+        _multiply_(layer, work, built, None, strength)
     multiply.store_(weight, work)
-
-
-def _row_factors(layer: LayerRotation, weight: Tensor, base_row_norm: Tensor | None) -> Tensor | None:
-    """Row factors at strength 1 for this weight, float32 (out,)."""
-    current = layer.row_scale is not None and layer.norm_of == "current"
-    return row_factors(layer, multiply.row_norms(weight) if current else base_row_norm, weight.device)
 
 
 def row_factors(layer: LayerRotation, norm: Tensor | None, device: torch.device | str) -> Tensor | None:
@@ -89,16 +86,27 @@ def row_factors(layer: LayerRotation, norm: Tensor | None, device: torch.device 
     return rows
 
 
-def _multiply_(layer: LayerRotation, weight: Tensor, built: Built, rows: Tensor | None, strength: Strength) -> None:
-    f = factors_of(layer, built, rows, strength, weight.device)
+def _multiply_(layer: LayerRotation, weight: Tensor, built: Built, measured: Tensor | None, strength: Strength) -> None:
+    if layer.row_scale is not None and layer.norm_of == "current":
+        measured = multiply.row_norms(weight)
+    f = factors_of(layer, built, measured, strength, weight.device)
+    if f.basis is not None:
+        multiply.turn_subspace_(weight, f.stages[0][0], f.basis, side=layer.side, mix=f.mix)
+        return
     multiply.transform_(
         weight, f.stages, side=layer.side, count=f.count, permutations=f.permutations, rows=f.rows, cols=f.cols, mix=f.mix,
         inverse=f.inverse, memory_view=layer.memory_view,
     )
 
 
-def factors_of(layer: LayerRotation, built: Built, rows: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
-    """What the rotation at a strength multiplies with. rows: the factors at strength 1 of ``row_factors``."""
+def factors_of(layer: LayerRotation, built: Built, measured: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
+    """What the rotation at a strength multiplies with. measured: what the layer needs of the weight. Raises ShapeError where it is missing."""
+    rows, basis = row_factors(layer, measured, device), None
+    if layer.subspace:
+        basis = layer.basis if layer.basis is not None else measured
+        if basis is None:
+            raise ShapeError("The directions of the unpatched weight are needed for this layer (PSOFT)")
+        basis = moved(basis, device, torch.float32)
     s, mode = strength.value, strength.mode
     cols = None if layer.col_scale is None else moved(layer.col_scale, device, torch.float32)
     matrices = moved(built.matrices, device)
@@ -123,7 +131,7 @@ def factors_of(layer: LayerRotation, built: Built, rows: Tensor | None, strength
         count = 1
     elif layer.butterfly:
         index = [multiply.butterfly_permutation(layer.butterfly, i, layer.block, layer.axis, device) for i in built.order]
-    return Factors(stages, index, rows, cols, mix, inverse, count)
+    return Factors(stages, index, rows, cols, mix, inverse, count, basis)
 
 
 def powered(factors: Tensor | None, s: float) -> Tensor | None:

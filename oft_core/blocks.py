@@ -65,6 +65,25 @@ def transform_(
     _transform_flat(weight.view(shape), stages, side, count, permutations, rows, cols, mix, inverse)
 
 
+def turn_subspace_(weight: Tensor, m: Tensor, basis: Tensor, *, side: str, mix: float | None = None) -> None:
+    """weight <- M weight (``out``) or weight M^T (``in``) in place, M = 1 + mix V (m - 1) V^T; chunk by chunk, one rounding.
+
+    weight: (out, ...) of any floating dtype.   m: (k, k) float32.   basis: V (axis, k) float32, orthonormal columns.   mix: 1 if None.
+    """
+    if not weight.is_contiguous():
+        copy = weight.contiguous()
+        turn_subspace_(copy, m, basis, side=side, mix=mix)
+        weight.copy_(copy)
+        return
+    flat = weight.view(weight.shape[0], -1)
+    flat = flat.t() if side == "out" else flat
+    change = m - torch.eye(len(m), dtype=m.dtype, device=m.device)
+    right = (change if mix is None else change * mix).t() @ basis.t()
+    for part in flat.split(max(1, chunk_size(weight.device) // max(1, flat.shape[1]))):
+        source = part.float()
+        store_(part, torch.addmm(source, source @ basis, right))
+
+
 def store_(part: Tensor, value: Tensor) -> None:
     """part <- value with one rounding; 8-bit floats saturate instead of turning into NaN."""
     if part.dtype.itemsize == 1:

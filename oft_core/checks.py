@@ -27,6 +27,9 @@ def check_shape(layer: LayerRotation, shape: Sequence[int], *, module: str | Non
     """Raises ShapeError if the weight (or row slice) of ``shape`` cannot take this rotation."""
     found = layer.rotated_length(shape)
     side = "output" if layer.side == "out" else "input"
+    if layer.subspace:
+        _check_subspace(layer, shape, found, module, file)
+        return
     if found != layer.axis:
         raise ShapeError(
             f"The blocks do not fit the layer's {side} side", file=file, module=module,
@@ -43,6 +46,19 @@ def check_shape(layer: LayerRotation, shape: Sequence[int], *, module: str | Non
         raise ShapeError(
             "The column scale does not fit the layer", file=file, module=module,
             found=f"{layer.col_scale.numel()} factors", expected=f"{columns} columns",
+        )
+
+
+def _check_subspace(layer: LayerRotation, shape: Sequence[int], found: int, module: str | None, file: str | None) -> None:
+    if layer.basis_of is not None and (len(shape) != 2 or layer.block > min(shape)):
+        raise ShapeError(
+            "The weight has no principal subspace of this size", file=file, module=module, found=f"a weight {tuple(shape)}",
+            expected=f"a matrix with {layer.block} or more rows and columns", hint="The file was made for another model or layer width.",
+        )
+    if layer.basis is not None and found != layer.axis:
+        raise ShapeError(
+            "The reflections do not fit the layer's input side", file=file, module=module, found=f"a weight {tuple(shape)}, input size {found}",
+            expected=f"input size {layer.axis}", hint="The file was made for another model or layer width.",
         )
 
 

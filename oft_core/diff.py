@@ -26,7 +26,7 @@ class Diff:
     """
 
     delta: Tensor
-    needs_base_norm: bool = False
+    needs_base: bool = False
     whole: bool = False
 
     def build(self, strength: Strength, device: torch.device | str = "cpu") -> None:
@@ -57,7 +57,7 @@ class Diff:
         """The part for the output rows start ... start+length."""
         return replace(self, delta=self.delta[start : start + length])
 
-    def apply_(self, weight: Tensor, strength: Strength, *, rotation: None = None, base_row_norm: Tensor | None = None) -> None:
+    def apply_(self, weight: Tensor, strength: Strength, *, rotation: None = None, measured: Tensor | None = None) -> None:
         """weight += s * delta, or s * (delta - weight) for whole values, in place, float32 arithmetic."""
         delta = moved(self.delta, weight.device, torch.float32).reshape(weight.shape)
         if self.whole:

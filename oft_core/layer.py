@@ -2,7 +2,7 @@
 
 After reading, every dialect is this. Conventions: a rotation acts on the vectors along one axis of the weight as w' = M w. ``out``
 means the rows of the flattened weight (out, in*kh*kw), so W' = M W; ``in`` its columns, so W' = W M^T. M is block diagonal with
-blocks of ``block`` rows, or a product of such matrices with permutations between them (butterfly).
+blocks of ``block`` rows, or a product of such matrices with permutations between them (butterfly), or one block in a subspace.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from . import checks, measure, planes, spectra
-from .apply import Factors, apply_layer_, factors_of, row_factors
+from .apply import Factors, apply_layer_, factors_of
+from .blocks import row_norms
 from .build import Built, build_all
 from .constraint import Constraint, Strength
 from .diff import Diff
 from .errors import ShapeError
 from .limits import core_constraint
+from .subspace import Principal
 
 __all__ = ["Built", "Diff", "Factors", "LayerRotation", "build_all"]
 
@@ -46,6 +48,8 @@ class LayerRotation:
     size: length of the rotated axis if it is not count*block (the last block is cut), else None.
     added: a difference of the weight's shape that is added before the rotation (DoKr-OFT's Kronecker product).
     of_layer: of a slice, the generator of all of the layer, which limits on the whole layer are measured on; else None.
+    basis: orthonormal vectors (axis, block) float32 of the subspace that the one block turns; M is 1 outside of it (HRA).
+    basis_of: a ``Principal`` if that subspace is the base weight's own (PSOFT); else None.
     """
 
     side: str
@@ -66,6 +70,8 @@ class LayerRotation:
     size: int | None = None
     added: Tensor | None = None
     of_layer: Tensor | None = None
+    basis: Tensor | None = None
+    basis_of: Principal | None = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     # ---------------------------------------------------------------- description
@@ -81,8 +87,15 @@ class LayerRotation:
 
     @property
     def axis(self) -> int:
-        """Length of the rotated axis."""
+        """Length of the rotated axis; 0 where only the weight tells it (``basis_of``)."""
+        if self.subspace:
+            return 0 if self.basis is None else self.basis.shape[0]
         return self.size or self.count * self.block
+
+    @property
+    def subspace(self) -> bool:
+        """Whether the one block turns a subspace of the axis instead of a run of its entries."""
+        return self.basis is not None or self.basis_of is not None
 
     @property
     def exact(self) -> bool:
@@ -90,8 +103,15 @@ class LayerRotation:
         return self.kind in ("cayley", "expm")
 
     @property
-    def needs_base_norm(self) -> bool:
-        return self.norm_of == "base"
+    def needs_base(self) -> bool:
+        """Whether ``measure`` of the unpatched weight is needed to apply this."""
+        return self.norm_of == "base" or self.basis_of is not None
+
+    def measure(self, weight: Tensor) -> Tensor:
+        """What this layer needs of the unpatched weight (out, ...): row norms (out,), or directions (in, block); float32."""
+        if self.basis_of is not None:
+            return self.basis_of.directions(weight, self.block)
+        return row_norms(weight)
 
     @property
     def half_turn(self) -> bool:
@@ -124,6 +144,8 @@ class LayerRotation:
         """
         if self.added is not None:
             raise ShapeError("A DoKr-OFT layer cannot be taken apart", module=module)
+        if self.basis_of is not None:
+            raise ShapeError("A PSOFT layer cannot be taken apart, as its subspace is that of the whole weight", module=module)
         scale = None if self.row_scale is None else self.row_scale[start : start + length]
         if self.side == "in":
             return replace(self, row_scale=scale, _cache=self._cache)
@@ -190,18 +212,14 @@ class LayerRotation:
         return build_all([self], strength, device)[0]
 
     def apply_(
-        self, weight: Tensor, strength: Strength, *, rotation: Built | None = None, base_row_norm: Tensor | None = None
+        self, weight: Tensor, strength: Strength, *, rotation: Built | None = None, measured: Tensor | None = None
     ) -> None:
         """Apply to ``weight`` (out, ...) of any floating dtype, in place; see ``apply.apply_layer_``."""
-        apply_layer_(self, weight, strength, rotation=rotation, base_row_norm=base_row_norm)
+        apply_layer_(self, weight, strength, rotation=rotation, measured=measured)
 
-    def row_factors(self, norm: Tensor | None, device: torch.device | str) -> Tensor | None:
-        """Row factors at strength 1, float32 (out,); norm: (out,) the row norms that ``norm_of`` asks for. Raises ShapeError without."""
-        return row_factors(self, norm, device)
-
-    def factors(self, built: Built, rows: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
-        """What the rotation at a strength multiplies with. rows: the factors at strength 1 of ``row_factors``."""
-        return factors_of(self, built, rows, strength, device)
+    def factors(self, built: Built, measured: Tensor | None, strength: Strength, device: torch.device | str) -> Factors:
+        """What the rotation at a strength multiplies with. measured: what ``measure`` gave. Raises ShapeError where it is missing."""
+        return factors_of(self, built, measured, strength, device)
 
     # ---------------------------------------------------------------- plain state, for hosts that rebuild objects
 
@@ -210,20 +228,21 @@ class LayerRotation:
         limit = self.constraint
         tensors = (
             self.generator, self.matrix, self.row_scale, self.col_scale, self.added, None if limit is None else limit.norm, self.of_layer,
+            self.basis,
         )
         plain = (
             self.side, self.block, self.count, self.kind, self.terms, self.butterfly, self.clip, self.norm_of,
             self.memory_view, self.core_alpha, self.size,
-            None if limit is None else (limit.family, limit.limit, limit.smooth),
+            None if limit is None else (limit.family, limit.limit, limit.smooth), self.basis_of,
         )
         return tensors, plain
 
     @classmethod
     def from_state(cls, tensors: Sequence[Tensor | None], plain: Sequence) -> LayerRotation:
-        generator, matrix, row_scale, col_scale, added, norm, of_layer = tensors
-        side, block, count, kind, terms, butterfly, clip, norm_of, memory_view, core_alpha, size, limit = plain
+        generator, matrix, row_scale, col_scale, added, norm, of_layer, basis = tensors
+        side, block, count, kind, terms, butterfly, clip, norm_of, memory_view, core_alpha, size, limit, basis_of = plain
         constraint = None if limit is None else Constraint(limit[0], limit[1], norm, limit[2])
         return cls(
             side, block, count, kind, terms, generator, matrix, butterfly, constraint, clip, row_scale, norm_of, col_scale,
-            memory_view, core_alpha, size, added, of_layer,
+            memory_view, core_alpha, size, added, of_layer, basis, basis_of,
         )

@@ -12,12 +12,11 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .adapter import Adapter, Binding, Patch
 from .atomic import atomically, check_target
 from .block_weights import factors
-from .blocks import row_norms, store_
+from .blocks import store_
 from .constraint import Strength
 from .errors import FileError, ModelMismatch
 from .names import NameIndex, guess_family, is_language_model
@@ -262,21 +261,14 @@ def tensor_bytes(
     weight = torch.frombuffer(buffer, dtype=item.dtype).view(item.shape) if size else torch.empty(item.shape, dtype=item.dtype)
     if convert and target.itemsize >= weight.dtype.itemsize:
         weight = weight.to(target)  # upwards first, so that the result is rounded once
-    norms = _base_norms(weight, [patch for patch, _ in patches])
-    for patch, at in patches:
-        patch.apply_(weight, at, base_row_norm=norms.get(patch.rows))
+    measured = [patch.measure(weight) for patch, _ in patches]
+    for (patch, at), of_base in zip(patches, measured, strict=True):
+        patch.apply_(weight, at, measured=of_base)
     if target is not None and weight.dtype != target:
         narrow = torch.empty(weight.shape, dtype=target)
         store_(narrow, weight)
         weight = narrow
     yield memoryview(weight.reshape(-1).view(torch.uint8).numpy())
-
-
-def _base_norms(weight: Tensor, patches: list[Patch]) -> dict[tuple[int, int] | None, Tensor]:
-    """Row norms of the unpatched weight for the patches that need them."""
-    return {
-        p.rows: row_norms(weight if p.rows is None else weight.narrow(0, *p.rows)) for p in patches if p.op.needs_base_norm
-    }
 
 
 __all__ = ["DTYPES", "METADATA_KEY", "Stored", "merge_file", "planned", "read_header"]

@@ -162,6 +162,8 @@ def between(first: Adapter, second: Adapter, bind: Callable[[Adapter], Binding] 
 
 
 def _between(name: str, a: LayerRotation, b: LayerRotation) -> Between:
+    if a.subspace or b.subspace:
+        return Between(name, reason="rotations of a subspace are not compared")
     if a.side != b.side or a.axis != b.axis:
         return Between(name, reason=f"one turns {a.axis} {a.side}puts, the other {b.axis} {b.side}puts")
     if a.butterfly or b.butterfly or a.size or b.size:

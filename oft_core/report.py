@@ -54,6 +54,7 @@ class Report:
     layers: int
     components: dict[str, ComponentReport]
     block_sizes: dict[int, int]
+    subspace: bool
     kinds: list[str]
     max_angle: float | None
     mean_angle: float | None
@@ -93,7 +94,8 @@ class Report:
             else:
                 lines.append(f"{label}: {part.matched} of {part.layers} layers applied")
         sizes = ", ".join(f"{b} ({n})" for b, n in sorted(self.block_sizes.items()))
-        lines.append(f"Blocks on the {self.side} side; block sizes (layers): {sizes or 'none'}")
+        what = f"Turns a subspace of each layer's {self.side}s; dimensions" if self.subspace else f"Blocks on the {self.side} side; block sizes"
+        lines.append(f"{what} (layers): {sizes or 'none'}")
         about, mean_about = ("about " if rough else "" for rough in (self.angles_estimated, self.mean_estimated))
         if self.max_angle is not None:
             lines.append(f"Largest angle {about}{self.max_angle:.2f}°, mean {mean_about}{self.mean_angle:.2f}°.")
@@ -148,7 +150,7 @@ def describe(adapter: Adapter, binding: Binding | None = None, strength: Strengt
     return Report(
         file=adapter.name, dialect=adapter.dialect, title=adapter.title, reason=adapter.reason,
         side="input" if sides == {True} else "output", layers=len(adapter.entries), components=_components(adapter, binding),
-        block_sizes=dict(Counter(r.block for r in rotations)), kinds=sorted({r.kind for r in rotations}),
+        block_sizes=dict(Counter(r.block for r in rotations)), subspace=any(r.subspace for r in rotations), kinds=sorted({r.kind for r in rotations}),
         max_angle=None if measures.top is None else math.degrees(measures.top),
         mean_angle=None if measures.mean is None else math.degrees(measures.mean),
         angles_estimated=measures.top_estimated, mean_estimated=measures.mean_estimated, orthogonality_error=measures.error,
@@ -201,7 +203,7 @@ def _untrained(adapter: Adapter, rotations: list[LayerRotation], top: float) -> 
         return ["All rotations in this file are zero: it changes nothing."]
     if top < _NOTHING_LEARNT and not others:
         return [f"The largest angle is {top:.1g}\N{DEGREE SIGN}: this file changes next to nothing; its training has hardly begun."]
-    if top > _DIVERGED:
+    if top > _DIVERGED and not any(r.basis is not None for r in rotations):  # reflections are half turns
         return [f"Planes turn by up to {top:.0f}\N{DEGREE SIGN} at strength 1: its training has probably diverged."]
     return []
 

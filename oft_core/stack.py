@@ -176,7 +176,9 @@ def _check(share: Share) -> None:
         hint = f"Give it mode {' or '.join(BLENDED_MODES)}. {_USE_COMPOSE}"
         raise _refused([share], f"mode '{mode}' is no rotation between the base and the file", hint)
     reason = None
-    if op.butterfly:
+    if op.subspace:
+        reason = "it turns a subspace of the channels, not blocks of them"
+    elif op.butterfly:
         reason = "a BOFT layer turns all channels together, not block by block"
     elif op.size is not None and op.size % op.block:
         reason = "its last block is cut"

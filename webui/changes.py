@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..oft_core import Diff, LayerRotation, Patch, Strength, cache
+from ..oft_core import LayerRotation, Patch, Strength, cache
 from ..oft_core.adapter import apply_swapped_
 from ..oft_core.tensors import normal_tensors
 
@@ -33,7 +33,7 @@ class Change:
     """One patch at one strength.
 
     batch, place: where its rotation is built together with others; None for differences.
-    norm: row norms (rows,) float32 of the base weight, for the layers that ask for them.
+    measured: what the patch needs of the base weight, for the layers that ask for it.
     again: whether the weight is asked for in every step, so that built rotations are worth keeping.
     """
 
@@ -41,7 +41,7 @@ class Change:
     at: Strength
     batch: Portion | None
     place: int
-    norm: Tensor | None
+    measured: Tensor | None
     again: bool
 
     def apply_(self, weight: Tensor) -> Tensor:
@@ -55,18 +55,18 @@ class Change:
             if self.batch is not None:
                 with normal_tensors():
                     built = cache.rotation(self.batch.token, self.place, self.at, weight.device, op, self.patch.module)
-            apply_swapped_(op, weight, self.at, self.patch.swap_halves, rotation=built, base_row_norm=self.norm)
+            apply_swapped_(op, weight, self.at, self.patch.swap_halves, rotation=built, measured=self.measured)
         if self.batch is not None and not self.again:
             self.batch.used(self.place)
         return weight
 
 
 def changes(
-    placed: Iterable[tuple[Patch, Strength]], norm: Callable[[Patch], Tensor], *, again: bool
+    placed: Iterable[tuple[Patch, Strength]], measured: Callable[[Patch], Tensor], *, again: bool
 ) -> list[Change]:
     """The patches of one part of a model as changes, in order; those of strength 0 are left out.
 
-    norm: gives the row norms (rows,) float32 of a patch's unpatched weight; asked only where a layer needs them.
+    measured: gives `Patch.measure` of a patch's unpatched weight; asked only where a layer needs it.
     """
     acting = [(patch, at) for patch, at in placed if at.value != 0]
     by_strength: dict[Strength, list[int]] = {}
@@ -80,8 +80,7 @@ def changes(
     out = []
     for i, (patch, at) in enumerate(acting):
         batch, place = where.get(i, (None, 0))
-        needs = not isinstance(patch.op, Diff) and patch.op.needs_base_norm
         with normal_tensors():
-            rows = norm(patch) if needs else None
-        out.append(Change(patch, at, batch, place, rows, again))
+            of_base = measured(patch) if patch.op.needs_base else None
+        out.append(Change(patch, at, batch, place, of_base, again))
     return out

@@ -68,7 +68,7 @@ class RotationPatch(WeightAdapterBase):
         return weight
 
     def _apply(self, weight: torch.Tensor, strength: float) -> None:
-        (tensors, base_norm), plain, (kind, token, place, mode, coft, swap), *_ = self.weights
+        (tensors, measured), plain, (kind, token, place, mode, coft, swap), *_ = self.weights
         at = Strength(strength, mode, coft)
         # Autocast would run the products in half precision. The weights are constants here even where a
         # caller, such as a training node, has gradients switched on.
@@ -79,7 +79,7 @@ class RotationPatch(WeightAdapterBase):
                 op = LayerRotation.from_state(tensors, plain)
                 with normal_tensors():
                     built = cache.rotation(token, place, at, weight.device, op, next(iter(self.loaded_keys)))
-            apply_swapped_(op, weight, at, swap, rotation=built, base_row_norm=base_norm)
+            apply_swapped_(op, weight, at, swap, rotation=built, measured=measured)
 
 
 class ScheduledPatch(RotationPatch):
@@ -106,20 +106,18 @@ class Keeper:
             cache.release(batch.token for batch in self.batches)
 
 
-def _base_row_norm(patcher: Any, patch: Patch) -> torch.Tensor:
-    """Row norms (rows,) float32 of the layer's unpatched, dequantised weight."""
+def _measured(patcher: Any, patch: Patch) -> torch.Tensor:
+    """What a patch needs of its layer's unpatched, dequantised weight, see `Patch.measure`."""
     weight = layers.plain_weight(patcher, patch.key)
     if weight is None:
         stored = comfy.utils.get_attr(patcher.model, patch.key)
         raise AdapterError(
-            "This file needs the row norms of the model's own weights, which this model hides",
+            "This file depends on the model's own weights, which this model hides",
             module=patch.module,
             found=f"a weight stored as {stored.dtype}",
             hint="Use an fp16, bf16 or fp8 version of the model.",
         )
-    if patch.rows is not None:
-        weight = weight.narrow(0, *patch.rows)
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return patch.measure(weight)
 
 
 def patch_objects(
@@ -137,10 +135,10 @@ def patch_objects(
         tensors, plain = patch.op.to_state()
         batch, place = placed.get(id(patch), (None, 0))
         with normal_tensors():
-            norm = _base_row_norm(side.patcher, patch) if patch.op.needs_base_norm else None
+            measured = _measured(side.patcher, patch) if patch.op.needs_base else None
         kind, token = (DIFF, 0) if batch is None else (ROTATION, batch.token)
         plan = (kind, token, place, mode, coft, patch.swap_halves)
-        weights = ((tensors, norm), plain, plan)
+        weights = ((tensors, measured), plain, plan)
         if follow is None:
             out.append((patch, RotationPatch({patch.module}, weights)))
         else:

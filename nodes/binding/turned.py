@@ -48,13 +48,12 @@ class Entry:
         return self.full if self.follows is None else replace(self.full, value=self.full.value * self.follows.now)
 
     @property
-    def base_norm(self) -> torch.Tensor | None:
-        """Norms of the unpatched rows in the change's own order, if it needs them."""
-        norm = self.as_weight.weights[0][1]
-        if norm is None or not self.patch.swap_halves:
-            return norm
-        half = len(norm) // 2
-        return torch.cat([norm[half:], norm[:half]])
+    def measured(self) -> torch.Tensor | None:
+        """What the change needs of the unpatched weight, norms of rows in its own order; or None."""
+        measured = self.as_weight.weights[0][1]
+        if measured is None or measured.ndim > 1 or not self.patch.swap_halves:
+            return measured
+        return torch.cat(measured.chunk(2)[::-1])
 
     def built(self, device: torch.device) -> Any:
         """The rotation's matrices on a device, None for a difference and at strength 0."""
@@ -134,13 +133,13 @@ class TurnedLayer:
         return made[device]
 
     def _table_terms(self, device: torch.device) -> list:
-        return [terms_of(e.patch.op, e.at, e.built(device), e.base_norm, device) for e in self.entries]
+        return [terms_of(e.patch.op, e.at, e.built(device), e.measured, device) for e in self.entries]
 
     def _pipeline(self, device: torch.device, layer: Callable, dtype: torch.dtype) -> Pipeline:
         changes: list[Change] = []
         for e in self.entries:
             start, length = e.patch.rows or (0, self.rows)
-            op, norm = e.patch.op, e.base_norm
+            op, norm = e.patch.op, e.measured
             if isinstance(op, LayerRotation) and op.norm_of == "current" and op.row_scale is not None:
                 before, rows = Pipeline(changes, self.rows), slice(start, start + length)
                 norm = self._arriving_norm(before, e, rows, layer, dtype, device)
@@ -214,5 +213,5 @@ class TurnedLayer:
         for e, matrices in zip(self.entries, built, strict=True):
             rows = out if e.patch.rows is None else out.narrow(0, *e.patch.rows)
             norm = e.as_weight.weights[0][1]
-            apply_swapped_(e.patch.op, rows, e.at, e.patch.swap_halves, rotation=matrices, base_row_norm=norm)
+            apply_swapped_(e.patch.op, rows, e.at, e.patch.swap_halves, rotation=matrices, measured=norm)
         return out

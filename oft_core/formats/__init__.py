@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import comfy, kohya, lycoris, onetrainer, paper, peft
+from . import comfy, kohya, lycoris, onetrainer, paper, peft, relatives
 from .common import Context, Maker, Module, Piece, ReadOptions
 from .keys import group, peft_reason, speaks_of_oft
 
@@ -49,6 +49,9 @@ DIALECTS: dict[str, Dialect] = {
         Dialect("F13", "musubi-tuner (LTX-2) OFT", onetrainer.read_oft_v2, True),
         Dialect("F14", "OFT v2 of sd-scripts or Takenoko", onetrainer.read_oft_v2, True),
         Dialect("F15", "OFT paper repository", paper.read_f15, True),
+        Dialect("F16", "PEFT RoAd", relatives.read_f16, False),
+        Dialect("F17", "PEFT HRA", relatives.read_f17, True),
+        Dialect("F18", "PEFT PSOFT", relatives.read_f18, True),
     )
 }
 
@@ -79,6 +82,9 @@ def detect(module: Module) -> tuple[str, str] | None:
         return "F11", "oft_R.weight outside PEFT's key names"
     if has("boft_R"):
         return "F10", "boft_R"
+    for suffix, dialect in (("road_theta", "F16"), ("hra_u", "F17"), ("psoft_R.weight", "F18")):
+        if has(suffix):
+            return dialect, suffix
     if has("oft_r"):
         return ("F7", "oft_r with oft_s") if has("oft_s") else ("F6", "oft_r without oft_s")
     if any(s.startswith("oft_blocks.") for s in module.tensors):
@@ -130,7 +136,7 @@ def what_is_it(keys: list[str]) -> str:
         return "one whose OFT keys are not of a known form"
     signs = (
         ("hada_w1_a", "a LoHa adapter"), ("lokr_w", "a LoKr adapter"), (".b1.weight", "a GLoRA adapter"),
-        ("vera_lambda", "a VeRA adapter"), ("hra_u", "an HRA adapter"), ("on_input", "an IA3 adapter"),
+        ("vera_lambda", "a VeRA adapter"), ("on_input", "an IA3 adapter"),
         ("lora_down", "a LoRA"), ("lora_up", "a LoRA"), ("lora_A", "a LoRA"), ("lora_B", "a LoRA"),
         ("control_model.", "a ControlNet"), ("string_to_param", "a textual inversion embedding"), ("emb_params", "an embedding"),
         ("model.diffusion_model.", "a full checkpoint"), ("first_stage_model.", "a checkpoint or VAE"),

@@ -15,6 +15,7 @@ _DOTTED = (
     "oft_R.weight", "oft_R.scaled_oft", "oft_R.clipped_oft", "oft_R.cans_oft", "oft_R.cans_exp",
     "oft_embedding_R.weight", "oft_rotation.weight", "oft_blocks", r"oft_blocks\.(?:0|[1-9][0-9]{0,3})", "oft_diag", "alpha", "rescale",
     "oft_r", "oft_s", "boft_R", "boft_s", "boft_P",
+    "road_theta", "road_alpha", "hra_u", "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b",
     "dora_scale", "initial_norm", "dora_multiplier", "dora_log_multiplier", "dora_log_multiplier_row", "dora_log_multiplier_col",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_magnitude_vector.weight",
     "diff", "diff_b", "w_norm", "b_norm", "oft_R.neumann_terms", "I", r"\w+_metadata", r"oft_\w+_buffer",
@@ -30,15 +31,16 @@ _KEY = re.compile(
 _PAPER = re.compile(r"^(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_oft$")
 #: A live PEFT model has the adapter's name behind its parameters. Names have no dots: they are names of modules.
 _NAMED = re.compile(
-    r"\.(?:(?P<group>oft_R|oft_embedding_R)\.(?P<of_group>[^.]+)\.weight|(?P<single>oft_r|oft_s|boft_R|boft_s)\.(?P<of_single>[^.]+))$"
+    r"\.(?:(?P<group>oft_R|oft_embedding_R|psoft_R)\.(?P<of_group>[^.]+)\.(?P<leaf>weight|vector_[ab])"
+    r"|(?P<single>oft_r|oft_s|boft_R|boft_s|hra_u|road_theta|road_alpha)\.(?P<of_single>[^.]+))$"
 )
 #: PEFT keeps trained biases and modules as they are in the model: all of a parameter, under the model's own name.
 _WHOLE = re.compile(r"(?P<module>(?!.*(?:lora_|original_module)).+?)(?P<own>\.base_layer)?\.(?P<param>weight|bias)$")
 _SAVED = re.compile(r"\.modules_to_save(?:\.(?P<adapter>[^.]+))?(?=\.)")
-_CORE = ("oft_R.weight", "oft_rotation.weight", "oft_embedding_R.weight", "boft_R", "oft_r", "oft_blocks", "oft_diag", "R")
+_CORE = ("oft_R.weight", "oft_rotation.weight", "oft_embedding_R.weight", "boft_R", "oft_r", "oft_blocks", "oft_diag", "R", "road_theta", "hra_u", "psoft_R.weight")
 _CORE_KEY = re.compile(
     r"\.(?:oft_R\.(?:weight|scaled_oft|clipped_oft|cans_oft|cans_exp)|oft_rotation\.weight|oft_embedding_R\.weight|boft_R|oft_r"
-    r"|oft_blocks(?:\.\d+)?|oft_diag)(?:\.default)?$|_oft\.R$"
+    r"|oft_blocks(?:\.\d+)?|oft_diag|road_theta|hra_u|psoft_R\.weight)(?:\.default)?$|_oft\.R$"
 )
 _DEFAULT = re.compile(r"\.default(?=\.|$)")
 #: Anything that speaks of OFT, whether or not it is understood.
@@ -63,7 +65,7 @@ def adapter_of(key: str) -> tuple[str, str]:
     if match is None:
         return key, ""
     if match["group"]:
-        return f"{key[: match.start()]}.{match['group']}.weight", match["of_group"]
+        return f"{key[: match.start()]}.{match['group']}.{match['leaf']}", match["of_group"]
     return f"{key[: match.start()]}.{match['single']}", match["of_single"]
 
 
@@ -196,4 +198,4 @@ def _counts(context: Context, own: bool, bias: bool) -> bool:
     if context.options.peft_base != "auto":
         return context.options.peft_base == "apply"
     trained = (context.config or {}).get("bias")
-    return bias and (trained == "all" or trained == "oft_only" and own)
+    return bias and (trained == "all" or str(trained).endswith("_only") and own)

@@ -104,6 +104,7 @@ def _require(
     """Raises FormatError for the first thing that the dialect lacks."""
     words = {"in": "input", "out": "output"}
     faults = (
+        (layer.subspace, "it turns a subspace of the channels, not blocks of them"),
         (layer.side != side, f"it turns the {words[layer.side]} side, these files the {words[side]} side"),
         (layer.kind not in kinds, f"its rotation is built as '{layer.kind}', these files know {', '.join(kinds)}"),
         (layer.kind.startswith("neumann") and layer.terms not in terms, f"its series has {layer.terms} terms, not 5"),

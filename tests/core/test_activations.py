@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from oft_core import Diff, LayerRotation, ShapeError, Strength
 from oft_core.activations import Change, Pipeline, arriving_delta, map_vectors, terms_of
 from oft_core.adapter import apply_swapped_
+from oft_core.subspace import Principal
 
 OUT, IN = 48, 32
 
@@ -54,6 +55,8 @@ FORMS = {
     "dora": rotation("in", row_scale=5 * factors(OUT, 1), norm_of="base"),
     "dora out": rotation("out", row_scale=5 * factors(OUT, 1), norm_of="base"),
     "dora, current": rotation("in", row_scale=5 * factors(OUT, 1), norm_of="current"),
+    "subspace": LayerRotation("in", 5, 1, generator=numbers(1, 1, 10, seed=6) * 0.3, basis=torch.linalg.qr(numbers(IN, 5, seed=7))[0]),
+    "principal": LayerRotation("in", 6, 1, generator=numbers(1, 1, 15, seed=6) * 0.3, basis_of=Principal()),
     "added": rotation("in", added=numbers(OUT, IN, seed=4)),
     "added out, rows": rotation("out", added=numbers(OUT, IN, seed=4), row_scale=factors(OUT, 1)),
     "core": rotation("out", core_alpha=0.0),
@@ -71,6 +74,8 @@ CASES = [
 
 def norms_for(op, strength: Strength, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
     """What a host looks up: norms of the unpatched rows, or of those that arrive."""
+    if isinstance(op, LayerRotation) and op.basis_of is not None:
+        return op.measure(base)
     if isinstance(op, Diff) or not op.norm_of:
         return None
     if op.norm_of == "base":
@@ -87,9 +92,9 @@ def check(ops, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None 
         norm = norms_for(op, at, turned[rows], part)
         half = (stop - start) // 2
         order = torch.cat([torch.arange(half, stop - start), torch.arange(half)]) if swap else torch.arange(stop - start)
-        terms = terms_of(op, at, op.build(at), None if norm is None else norm[order], "cpu")
+        terms = terms_of(op, at, op.build(at), norm if norm is None or norm.ndim > 1 else norm[order], "cpu")
         changes.append(Change(start, stop, terms, swap))
-        apply_swapped_(op, turned[rows], at, swap, base_row_norm=norm)
+        apply_swapped_(op, turned[rows], at, swap, measured=norm)
     pipeline = Pipeline(changes, len(weight))
     got = pipeline(x, lambda v: F.linear(v, weight, bias), lambda _: bias, -1)
     expected = F.linear(x.double(), turned.double(), None if bias is None else bias.double())

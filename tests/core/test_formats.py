@@ -43,8 +43,8 @@ def merged(tensors: dict, base: torch.Tensor, *, key: str = f"{Q}.weight", s: fl
     binding = adapter.bind(NameIndex({key: base.shape}))
     out = base.clone()
     for patch in binding.patches:
-        norm = base.float().flatten(1).norm(dim=1) if patch.op.needs_base_norm else None
-        patch.apply_(out, Strength(s, mode), base_row_norm=norm)
+        norm = base.float().flatten(1).norm(dim=1) if patch.op.needs_base else None
+        patch.apply_(out, Strength(s, mode), measured=norm)
     return out
 
 
@@ -206,7 +206,7 @@ def test_coft_of_oft_v2_files(source: str, conv: bool) -> None:
     close(merged(tensors, base, metadata=metadata).reshape(OUT, IN), W.double() @ (r if conv else r.T))
 
 
-def test_dora_without_initial_norm_uses_the_base_row_norms() -> None:
+def test_dora_without_initial_norm_uses_the_measureds() -> None:
     scale = torch.exp(rand(OUT, seed=3)) * 4
     tensors = SAMPLES["F11"][0] | {f"lora_unet_{U}.dora_scale": scale.view(-1, 1)}
     rotated = W.double() @ torch.block_diag(*n5(skew(PACKED, 4))).T

@@ -273,8 +273,8 @@ def use(path: Path, base: dict[str, tuple[int, ...]]) -> str:
                 continue
             w = torch.randn(base[patch.key], generator=g)
             view = w if patch.rows is None else w.narrow(0, *patch.rows)
-            norm = view.flatten(1).norm(dim=1) if patch.op.needs_base_norm else None
-            patch.apply_(w, strength, base_row_norm=norm)
+            norm = view.flatten(1).norm(dim=1) if patch.op.needs_base else None
+            patch.apply_(w, strength, measured=norm)
             if not bool(torch.isfinite(w).all()):
                 return f"not finite ({patch.module}, {strength})"
             op = patch.op

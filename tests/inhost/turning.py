@@ -189,6 +189,10 @@ def add_lora(patcher, patches, s=1.0):
     return clone
 
 
+def factors_like(n):
+    return 1 + 0.2 * numbers(n, seed=9).tanh()
+
+
 def special(model):
     """Contents of single layers that are more than one rotation: {what: (tensors, key)}."""
     key = next(k for k in shapes_of(model) if "attn1.to_q" in k)
@@ -219,6 +223,13 @@ def special(model):
             },
             at,
         )
+        out[f"reflections, {what}"] = ({f"{name}.hra_u": numbers(n, 2).repeat_interleave(2, 1) + 0.2 * numbers(n, 4, seed=1)}, at)
+        if what == "linear":
+            out[f"its own directions, {what}"] = ({f"{name}.psoft_R.weight": 0.3 * numbers(28, seed=4)}, at)
+            wide, shape_of = next((k, v) for k, v in shapes_of(model).items() if "ff.net.0" in k and v[0] % 64 == 0)
+            half = shape_of[0] // 2
+            pairs = {f"{named(wide)}.road_theta": 0.3 * numbers(half), f"{named(wide)}.road_alpha": factors_like(half)}
+            out[f"pairs, {what}"] = (pairs, wide)
         out[f"BOFT, {what}"] = (
             {
                 f"{name}.oft_blocks": numbers(3, shape[0] // 8, 8, 8) * 0.05,
@@ -376,8 +387,8 @@ def truth(which, weight, s=1.0):
     index = host_names.HostIndex({"linear.weight": tuple(weight.shape)}, {"linear": host_names.Target("linear.weight")})
     out = weight.double()
     for patch in adapter.bind(index).patches:
-        norm = weight.double().norm(dim=1).float() if patch.op.needs_base_norm else None
-        patch.op.apply_(out, Strength(s), base_row_norm=norm)
+        norm = weight.double().norm(dim=1).float() if patch.op.needs_base else None
+        patch.op.apply_(out, Strength(s), measured=norm)
     return out
 
 

@@ -231,3 +231,20 @@ def test_a1111_turns_torchs_own_attention(web_of):
     assert close(web.drawn("<oft:clip:1>"), merged)
     assert close(web.drawn("<oft:clip:1><oft:clip:-0.5>"), web.merged((path, 1.0), (path, -0.5)))
     assert equal(web.drawn(PROMPT), base)
+
+
+def test_files_that_depend_on_the_models_own_weights(web):
+    """DoRA's row norms and PSOFT's directions are those of the unpatched weight, also beside another file."""
+    random = torch.Generator().manual_seed(7)
+    name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    width = web.drawn(PROMPT)[key].shape[1]
+    save_file({f"{name}.psoft_R.weight": 0.5 * torch.randn(28, generator=random)}, web.folder / "own.safetensors")
+    dora = {f"{name}.oft_R.weight": 0.1 * torch.randn(width // 8, 28, generator=random)}
+    save_file(dora | {f"{name}.dora_scale": 2 + torch.rand(width, 1, generator=random)}, web.folder / "dora.safetensors")
+    base = web.drawn(PROMPT)
+    for oft in ("own", "dora"):
+        path = web.folder / f"{oft}.safetensors"
+        assert close(web.drawn(f"<oft:{oft}:0.7>"), web.merged((path, 0.7)))
+        assert not torch.equal(web.drawn(f"<oft:{oft}:0.7>")[key], base[key])
+    assert equal(web.drawn(PROMPT), base)

@@ -208,7 +208,7 @@ class Network:
         for part, patches in one.patches.items():
             at = found[part]
             # The host keeps what a layer becomes, and asks again only when the prompt names other files.
-            for change in changes(patches, lambda patch, at=at: _base_norm(at[patch.key], patch), again=False):
+            for change in changes(patches, lambda patch, at=at: _measured(at[patch.key], patch), again=False):
                 place = at[change.patch.key]
                 by_layer.setdefault(place.layer.network_layer_name, {}).setdefault(place, []).append(change)
         for layer, made in by_layer.items():
@@ -304,12 +304,11 @@ class Sum:
         return work - target.float(), bias
 
 
-def _base_norm(place: Place, patch: Patch) -> Tensor:
-    """Row norms (rows,) float32 of the layer's weight without any network."""
+def _measured(place: Place, patch: Patch) -> Tensor:
+    """What a patch needs of the layer's weight without any network, see `Patch.measure`."""
     kept = getattr(place.layer, "network_weights_backup", None)
     if isinstance(kept, tuple):
         kept = kept[0 if place.leaf == "in_proj_weight" else 1]
     half = getattr(place.module, "fp16_weight", None)
     weight = half if half is not None else place.parameter if kept is None else kept
-    weight = weight if patch.rows is None else weight.narrow(0, *patch.rows)
-    return torch.linalg.vector_norm(weight.detach().float().cpu().flatten(1), dim=1)
+    return patch.measure(weight.detach().float().cpu())

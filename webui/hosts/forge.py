@@ -89,7 +89,7 @@ class Forge:
         return []
 
     def _add(self, patcher: Any, one: Wanted, part: str, online: bool) -> None:
-        made = changes(one.patches[part], lambda patch: base_norm(patcher, patch), again=online)
+        made = changes(one.patches[part], lambda patch: measured(patcher, patch), again=online)
         joined: dict[str, list] = {}
         for layer in objects.layers(made, self.payload):
             patcher.add_patches(filename=one.identity, patches=layer, online_mode=online)
@@ -122,8 +122,8 @@ def real_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "real_shape", None) or parameter.shape)
 
 
-def base_norm(patcher: Any, patch: Patch) -> torch.Tensor:
-    """Row norms (rows,) float32 of the layer's weight without any patch."""
+def measured(patcher: Any, patch: Patch) -> torch.Tensor:
+    """What a patch needs of the layer's weight without any patch, see `Patch.measure`."""
     weight = patcher.lora_loader.backup.get(patch.key)
     weight = get_attr(patcher.model, patch.key) if weight is None else weight
     if hasattr(weight, "bnb_quantized"):
@@ -135,5 +135,4 @@ def base_norm(patcher: Any, patch: Patch) -> torch.Tensor:
 
         weight = dequantize_tensor(weight)
     weight = memory_management.cast_to_device(weight, torch.device("cpu"), torch.float32)
-    weight = weight if patch.rows is None else weight.narrow(0, *patch.rows)
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return patch.measure(weight)

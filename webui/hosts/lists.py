@@ -26,10 +26,10 @@ def put(
     sd_model: Any,
     wanted: Sequence[Wanted],
     payload: Callable[[Change], Any],
-    norm: Callable[[Any, Patch], torch.Tensor],
+    measured: Callable[[Any, Patch], torch.Tensor],
     online: bool = False,
 ) -> None:
-    """As `Host.put`. norm: row norms of a patch's unpatched weight, given the patcher.   online: in every step."""
+    """As `Host.put`. measured: `Patch.measure` of a patch's unpatched weight, given the patcher.   online: in every step."""
     after = sd_model.forge_objects_after_applying_lora
     # The host makes these objects anew when its LoRAs change, and ours are gone with the old ones.
     state, clean = getattr(after, "oft_state", None), getattr(after, "oft_clean", (after.unet, after.clip))
@@ -50,7 +50,7 @@ def put(
     unet, clip = unet.clone(), clip.clone()
     for one in rest:
         if isinstance(one, Wanted):
-            _add(objects.patchers_of(unet, clip), one, payload, norm, online)
+            _add(objects.patchers_of(unet, clip), one, payload, measured, online)
         else:
             unet, clip = _lora(unet, clip, one)
     unet.patches_uuid, clip.patcher.patches_uuid = uuid.uuid4(), uuid.uuid4()
@@ -59,10 +59,10 @@ def put(
     after.oft_state, after.oft_clean = asked, clean
 
 
-def _add(patchers: dict[str, Any], one: Wanted, payload, norm, online: bool) -> None:
+def _add(patchers: dict[str, Any], one: Wanted, payload, measured, online: bool) -> None:
     more = {"online_mode": True} if online else {}
     for part, patcher in patchers.items():
-        made = changes(one.patches.get(part, ()), lambda patch, of=patcher: norm(of, patch), again=True)
+        made = changes(one.patches.get(part, ()), lambda patch, of=patcher: measured(of, patch), again=True)
         for layer in objects.layers(made, payload):
             patcher.add_patches(patches=layer, **more)
 

@@ -45,7 +45,7 @@ class Neo:
         # As the host decides for its LoRAs.
         ops = str(_said("ops") or "")
         online = bool(_said("online_lora")) and not (ops.startswith("Mixed") or ops.endswith("FP8"))
-        lists.put(sd_model, wanted, self.payload, base_norm, online)
+        lists.put(sd_model, wanted, self.payload, measured, online)
         return []
 
     def chosen(self) -> Any:
@@ -60,13 +60,12 @@ def _said(name: str) -> Any:
     return dynamic_args.get(name) if isinstance(dynamic_args, dict) else getattr(dynamic_args, name, None)
 
 
-def base_norm(patcher: Any, patch: Patch) -> torch.Tensor:
-    """Row norms (rows,) float32 of the layer's weight without any patch."""
+def measured(patcher: Any, patch: Patch) -> torch.Tensor:
+    """What a patch needs of the layer's weight without any patch, see `Patch.measure`."""
     kept = patcher.backup.get(patch.key)
     weight = utils.get_attr(patcher.model, patch.key) if kept is None else getattr(kept, "weight", kept)
     dequantize = getattr(weight, "dequantize", None)
     if dequantize is not None and not isinstance(weight, torch.nn.Parameter):
         weight = dequantize()
     weight = memory_management.cast_to_device(weight, torch.device("cpu"), torch.float32)
-    weight = weight if patch.rows is None else weight.narrow(0, *patch.rows)
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return patch.measure(weight)

@@ -32,7 +32,7 @@ class ReForge:
         return objects.parts(sd_model, lambda parameter: tuple(parameter.shape))
 
     def put(self, sd_model: Any, wanted: Sequence[Wanted]) -> list[str]:
-        lists.put(sd_model, wanted, self.payload, base_norm)
+        lists.put(sd_model, wanted, self.payload, measured)
         return []
 
     def chosen(self) -> Any:
@@ -42,9 +42,8 @@ class ReForge:
         raise training.not_here(self.title)
 
 
-def base_norm(patcher: Any, patch: Patch) -> torch.Tensor:
-    """Row norms (rows,) float32 of the layer's weight without any patch."""
+def measured(patcher: Any, patch: Patch) -> torch.Tensor:
+    """What a patch needs of the layer's weight without any patch, see `Patch.measure`."""
     kept = patcher.backup.get(patch.key)
     weight = utils.get_attr(patcher.model, patch.key) if kept is None else getattr(kept, "weight", kept)
-    weight = weight if patch.rows is None else weight.narrow(0, *patch.rows)
-    return torch.linalg.vector_norm(weight.float().cpu().flatten(1), dim=1)
+    return patch.measure(weight.float().cpu())
