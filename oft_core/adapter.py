@@ -31,6 +31,7 @@ from .formats import (
     what_is_it,
 )
 from .formats.common import Maker, Piece
+from .formats.peft import PEFT_TYPES
 from .layer import Built, Diff, LayerRotation, build_all
 from .names import DECLARED, NameIndex, Target, component, declared_family, guess_family, loose_clip
 from .schedule import Schedule
@@ -377,7 +378,7 @@ def _neighbour_config(path: Path) -> dict | None:
         content = json.loads(config.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FileError("The adapter_config.json beside the file cannot be read", file=config, found=str(error)) from error
-    if isinstance(content, dict) and content.get("peft_type") in ("OFT", "BOFT", "HRA", "ROAD", "PSOFT"):
+    if isinstance(content, dict) and content.get("peft_type") in PEFT_TYPES:
         return content
     return None
 

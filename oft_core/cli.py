@@ -1,4 +1,4 @@
-"""``python -m oft_core``: inspect files, merge one into a model."""
+"""``python -m oft_core``: inspect files, merge one into a model, convert, extract."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from . import profile
 from .adapter import Adapter, load_adapter
 from .atomic import atomically
-from .block_weights import BlockWeights
-from .constraint import COFT_CHOICES, MODES, Strength
-from .errors import AdapterError, FileError, printable
+from .cli_files import add_commands, add_strength, with_blocks
+from .constraint import Strength
+from .errors import AdapterError, printable
 from .formats import ReadOptions
 from .merge import DTYPES, merge_file
+from .model_file import open_model
 from .model_folder import merge_folder
-from .names import NameIndex
 from .report import describe
 
 
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m oft_core", description="Orthogonal Fine-Tuning files: inspect, merge.")
+    parser = argparse.ArgumentParser(prog="python -m oft_core", description="Orthogonal Fine-Tuning files: inspect, merge, convert, extract.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     reading = argparse.ArgumentParser(add_help=False)
@@ -76,13 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", metavar="ADAPTER")
     merge.add_argument("base", metavar="BASE", help="any safetensors model file or part of one, or a folder of Hugging Face's form")
     merge.add_argument("-o", "--output", required=True, metavar="OUT")
-    merge.add_argument("--strength", type=float, default=1.0, metavar="S")
-    merge.add_argument("--mode", choices=MODES, default="rotation")
-    merge.add_argument("--coft", default="file", metavar="|".join((*COFT_CHOICES, "DEGREES")))
-    merge.add_argument("--blocks", default="", metavar="TEXT", help="strength by block, for instance 'all=0, output.3-5=1'")
+    add_strength(merge)
     merge.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="of every floating-point tensor in OUT")
     merge.add_argument("--allow-partial", action="store_true", help="merge what fits of an adapter for another or a larger model")
     merge.set_defaults(run=_merge)
+    add_commands(commands, reading, _options)
     return parser
 
 
@@ -119,12 +116,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _kept(adapter: Adapter, base: str) -> list[profile.Kept]:
-    try:
-        with safe_open(base, "pt") as stored:
-            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-            return list(profile.kept(adapter.bind(NameIndex(shapes)), stored.get_tensor))
-    except SafetensorError as error:
-        raise FileError("The model cannot be read", file=base, found=str(error)) from error
+    with open_model(base) as model:
+        return list(profile.kept(adapter.bind(model.index), model.weight))
 
 
 def _plot(path: Path, adapter: Adapter, other: Adapter | None, layers: list[profile.LayerProfile] | None) -> None:
@@ -138,9 +131,7 @@ def _plot(path: Path, adapter: Adapter, other: Adapter | None, layers: list[prof
 
 def _merge(args: argparse.Namespace) -> int:
     strength = Strength(args.strength, args.mode, args.coft)
-    adapter = load_adapter(args.adapter, _options(args))
-    if args.blocks.strip():
-        adapter = replace(adapter, blocks=BlockWeights.parse(args.blocks))
+    adapter = with_blocks(load_adapter(args.adapter, _options(args)), args)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
 
         def progress(done: int, total: int) -> None:

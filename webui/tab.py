@@ -14,7 +14,6 @@ from typing import Any
 
 import gradio as gr
 from modules import call_queue, sd_models, shared
-from safetensors import SafetensorError, safe_open
 
 from ..oft_core import (
     COFT_CHOICES,
@@ -22,7 +21,6 @@ from ..oft_core import (
     AdapterError,
     BlockWeights,
     FileError,
-    NameIndex,
     Strength,
     describe,
     merge_file,
@@ -31,6 +29,7 @@ from ..oft_core.convert import FOLDER, convert
 from ..oft_core.errors import printable
 from ..oft_core.formats.write import WRITERS
 from ..oft_core.merge import DTYPES
+from ..oft_core.model_file import open_model
 from ..oft_core.pictures import adapter_picture
 from . import activation, files
 from .training import ui
@@ -213,14 +212,8 @@ def convert_file(name: str, base: str, title: str, target: str) -> str:
     root = Path(files.own_folder())
     root.mkdir(parents=True, exist_ok=True)
     out = _new(root, target or f"{Path(file.name).name}_{dialect}", "" if dialect == FOLDER else ".safetensors")
-    try:
-        with safe_open(info.filename, "pt") as stored:
-            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-            written = convert(
-                adapter, NameIndex(shapes), out, dialect, base=lambda key: stored.get_tensor(key).float(), metadata=adapter.metadata
-            )
-    except SafetensorError as error:
-        raise FileError("The checkpoint cannot be read", file=info.filename, found=str(error)) from error
+    with open_model(info.filename) as model:
+        written = convert(adapter, model.index, out, dialect, base=model.weight, metadata=adapter.metadata)
     files.refresh()
     return f"Saved: {written.relative_to(root).as_posix()}\nListed at once; `<oft:…>` reads it as it reads {file.name}."
 

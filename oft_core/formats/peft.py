@@ -25,6 +25,8 @@ from .common import (
 )
 
 DEFAULT_EPS = 6e-5
+#: peft_type of the configs that are of one of our dialects.
+PEFT_TYPES = ("OFT", "BOFT", "HRA", "ROAD", "PSOFT")
 
 
 def coft(context: Context) -> float | None:

@@ -45,11 +45,17 @@ class Writer:
     """One dialect that can be written.
 
     write: layers -> (tensors, PEFT config or None).   beside: adds differences to those tensors, or raises the reason why it cannot.
+    side: which one it turns.   rows: whether it has row factors.   cayley_only: no other exact transform.   small_blocks: blocks are at
+    least as many as large.
     """
 
     title: str
     write: Callable[[Mapping[str, LayerRotation], NameIndex], tuple[dict[str, Tensor], dict | None]]
     beside: Beside
+    side: str
+    rows: bool = False
+    cayley_only: bool = True
+    small_blocks: bool = False
 
 
 def write_adapter(
@@ -362,22 +368,43 @@ def peft_block_size(features: int, wanted: int) -> int:
 
 
 WRITERS: dict[str, Writer] = {
-    "oft_v2": Writer("OneTrainer / OFT v2", _write_oft_v2, _no_place("OFT v2", "OneTrainer reads rotations only")),
+    "oft_v2": Writer("OneTrainer / OFT v2", _write_oft_v2, _no_place("OFT v2", "OneTrainer reads rotations only"), "in", rows=True, cayley_only=False),
     "oft_v2_plus": Writer(
         "OFT v2 with extras of this pack", _write_own,
         lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_oft_v2_names(index), core=False),
+        "in", rows=True, cayley_only=False,
     ),
     "peft": Writer(
         "PEFT (folder)", _write_peft,
-        lambda diffs, layers, index, *more: beside_peft(diffs, layers, index, *more, names=_peft_names(index)),
+        lambda diffs, layers, index, *more: beside_peft(diffs, layers, index, *more, names=_peft_names(index)), "in",
     ),
     "lycoris": Writer(
         "LyCORIS Diag-OFT", _write_lycoris,
         lambda diffs, layers, index, *more: beside_lycoris(diffs, layers, index, *more, names=_kohya_names(index, "lora_unet_")),
+        "out", rows=True, small_blocks=True,
     ),
-    "kohya": Writer("kohya networks.oft", _write_kohya, _no_place("kohya", "that tool's OFT network has rotations only")),
+    "kohya": Writer("kohya networks.oft", _write_kohya, _no_place("kohya", "that tool's OFT network has rotations only"), "out"),
     "comfy": Writer(
         "ComfyUI core", _write_comfy,
-        lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_comfy_names(index), core=True),
+        lambda diffs, layers, index, *more: beside_comfy(diffs, layers, index, *more, names=_comfy_names(index), core=True), "out",
     ),
 }
+
+
+def lora_parts(key: str, delta: Tensor, index: NameIndex) -> Iterator[tuple[str, Tensor]]:
+    """A change of a parameter as a LoRA of kohya's names has it: (module, change of its weight), or (module.diff or .diff_b, change).
+
+    Layers that are one here and several under those names are taken apart. Raises FormatError for what has no name.
+    """
+    weight, of_bias = key, False
+    if index.spelling(key) is None and key.endswith("bias"):
+        of_bias = True
+        weight = key.removesuffix("bias") + "weight"
+    spelling = index.spelling(weight)
+    if spelling is None:
+        raise refused("LoRA", key, "this parameter is not a layer of the model")
+    for name, rows, swap in _kohya_names(index, "lora_unet_")(weight, spelling):
+        part = delta if rows is None else delta[rows[0] : sum(rows)]
+        part = torch.cat(part.chunk(2)[::-1]) if swap else part
+        yield (f"{name}.diff_b" if of_bias else f"{name}.diff" if part.ndim < 2 else name), part.contiguous()
+
