@@ -97,7 +97,7 @@ def exact(op: LayerRotation | Diff, weight: Tensor, strength: Strength, built: B
         inner = Strength() if strength.mode == "linear" else strength
     flat = start.reshape((weight.numel() // weight.shape[0], weight.shape[0]) if op.memory_view else (weight.shape[0], -1))
     norm = start.flatten(1).norm(dim=1) if op.norm_of == "current" else base_norm
-    out = multiplied(flat, op.factors(built, op.row_factors(norm, "cpu"), inner, "cpu"), op.side).reshape(weight.shape)
+    out = multiplied(flat, op.factors(built, norm, inner, "cpu"), op.side).reshape(weight.shape)
     return torch.lerp(weight, out, s) if op.added is not None and strength.mode == "linear" else out
 
 

@@ -81,7 +81,7 @@ def _nearest(a: Tensor, t: Tensor, side: str, block: int) -> Tensor:
         x, y = (w.view(w.shape[0], -1, block).permute(1, 2, 0) for w in (t, a))
         product = x @ y.transpose(1, 2)
     u, _, vh = torch.linalg.svd(product)
-    flip = torch.linalg.det(u @ vh).sign()
+    flip = torch.linalg.eigvals(u @ vh).prod(-1).real.sign()  # of the determinant, without LU
     u[..., -1] *= flip.unsqueeze(-1)
     return u @ vh
 
