@@ -35,6 +35,7 @@ from .formats.peft import PEFT_TYPES
 from .layer import Built, Diff, LayerRotation, build_all
 from .names import DECLARED, NameIndex, Target, component, declared_family, guess_family, loose_clip
 from .schedule import Schedule
+from .tensors import full_precision
 
 __all__ = ["Adapter", "Binding", "Entry", "Patch", "build_all", "load_adapter", "read_tensors"]
 
@@ -383,6 +384,7 @@ def _neighbour_config(path: Path) -> dict | None:
     return None
 
 
+@full_precision()
 def read_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,

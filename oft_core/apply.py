@@ -12,7 +12,7 @@ from . import blocks as multiply
 from .build import Built
 from .constraint import Strength
 from .errors import ShapeError
-from .tensors import moved
+from .tensors import full_precision, moved
 
 if TYPE_CHECKING:
     from .layer import LayerRotation
@@ -33,6 +33,7 @@ class Factors:
     basis: Tensor | None = None
 
 
+@full_precision()
 def apply_layer_(
     layer: LayerRotation,
     weight: Tensor,

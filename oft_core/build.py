@@ -16,7 +16,7 @@ from .limits import limits_product, multiplier
 from .planes import matrices_from_planes
 from .rotation import LARGE_LAM, cayley_float, matrices, unpack_skew
 from .spectra import dense, lam_bound, part_size
-from .tensors import moved
+from .tensors import full_precision, moved
 from .threads import spread
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Built:
     product: bool = False
 
 
+@full_precision()
 def build_all(layers: Sequence, strength: Strength, device: torch.device | str = "cpu") -> list[Built | None]:
     """Matrices of many layers at one strength, batched over all layers of one block size and kind.
 

@@ -30,11 +30,13 @@ from .limits import multiplier
 from .names import NameIndex
 from .planes import planes_at
 from .rotation import pack_skew
+from .tensors import full_precision
 
 #: The dialect that is a folder; every other one is a file.
 FOLDER = "peft"
 
 
+@full_precision()
 def convert(
     adapter: Adapter,
     index: NameIndex,
@@ -57,6 +59,7 @@ def convert(
     return _written(layers, beside, index, target, dialect, base, metadata, dtype)
 
 
+@full_precision()
 def convert_near(
     adapter: Adapter,
     index: NameIndex,
@@ -193,6 +196,7 @@ class LowRank:
     size: float
 
 
+@full_precision()
 def to_lora(
     adapter: Adapter,
     index: NameIndex,

@@ -19,6 +19,7 @@ from .formats.write_beside import BaseWeights
 from .layer import LayerRotation
 from .names import NameIndex
 from .rotation import pack_skew, rotation_spectrum
+from .tensors import full_precision
 
 #: Share of the change below which a rotation is the wrong tool.
 EXPLAINED = 0.5
@@ -120,6 +121,7 @@ class Extracted:
         return 1 - sum((f.remainder * f.size) ** 2 for f in self.fits) / whole if whole else 1.0
 
 
+@full_precision()
 def extract(
     index: NameIndex, base: BaseWeights, changed: Changed, *, block: int = 32, sides: Sequence[str] = ("in", "out"), rescale: bool = False,
     progress: Iterable | None = None,

@@ -19,6 +19,7 @@ from .constraint import Strength
 from .errors import printable
 from .layer import LayerRotation
 from .measure import layer_angles
+from .tensors import full_precision
 from .threads import undivided
 
 #: Degrees. A layer whose largest plane turns less has learnt nothing that a picture shows.
@@ -78,6 +79,7 @@ class LayerProfile:
         }
 
 
+@full_precision()
 def profile(adapter: Adapter, binding: Binding | None = None) -> list[LayerProfile]:
     """All rotations of a file in the order of the model, as far as names tell: part, list, number, name.
 
@@ -155,6 +157,7 @@ class Between:
     reason: str = ""
 
 
+@full_precision()
 def between(first: Adapter, second: Adapter, bind: Callable[[Adapter], Binding] | None = None) -> list[Between]:
     """The layers that both files turn, by name; bind: places a file on the model that both are for, if their names differ."""
     mine, theirs = ({name: op for name, _, op in _rotations(adapter, bind(adapter) if bind else None)} for adapter in (first, second))

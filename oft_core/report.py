@@ -17,6 +17,7 @@ from .formats import DIALECTS
 from .layer import Diff, LayerRotation
 from .measure import measure
 from .names import guess_family, is_language_model
+from .tensors import full_precision
 
 _TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger", "trigger_words", "ss_trigger", "instance_prompt")
 _SHOWN_METADATA = (
@@ -116,6 +117,7 @@ class Report:
         return "\n".join(printable(line, 1000) for line in lines)
 
 
+@full_precision()
 def describe(adapter: Adapter, binding: Binding | None = None, strength: Strength | None = None) -> Report:
     """Facts about a file, and with ``binding`` about its place in a model. Takes less work than building its rotations."""
     operations = _operations(adapter, binding)

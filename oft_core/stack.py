@@ -21,6 +21,7 @@ from .constraint import Strength
 from .errors import FileError, ShapeError, StackError
 from .layer import Diff, LayerRotation
 from .rotation import pack_skew
+from .tensors import full_precision
 
 #: Largest common block: exponentials of larger ones take minutes over a whole model.
 LARGEST_BLOCK = 512
@@ -58,6 +59,7 @@ def holds_oft(path: str | os.PathLike) -> bool:
         raise FileError("The file is damaged or not a safetensors file", file=path, found=str(error)) from error
 
 
+@full_precision()
 def blend(shares: Iterable[Share], count: int, shapes: Mapping[str, Sequence[int]]) -> list[Patch]:
     """One set of patches, for strength 1, that stands for the average of ``count`` adapters.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .tensors import full_precision
+
 
 @dataclass(frozen=True)
 class Principal:
@@ -20,6 +22,7 @@ class Principal:
     seed: int = 0
     _known: dict = field(default_factory=dict, repr=False, compare=False, hash=False)
 
+    @full_precision()
     def directions(self, weight: Tensor, count: int) -> Tensor:
         """Columns (in, count) float32 of a weight (out, in), on its device; computed on the CPU and kept for the same weight.
 

@@ -1,4 +1,4 @@
-"""Tensors that outlive the call that made them."""
+"""Tensors that outlive the call that made them, and arithmetic that is not the host's to choose."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 def normal_tensors() -> Iterator[None]:
     """Make ordinary tensors, without gradients, although hosts work under inference mode: for what is kept."""
     with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast: web UIs switch it on around all their work, and products would be of half precision. Also a decorator."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -42,6 +42,15 @@ last: list[Report] = []
 
 def activate(p: Any, data: Mapping[str, Sequence[Any]]) -> None:
     """Have the loaded model turned as a pass's tags say. data: the host's ``extra_network_data``."""
+    try:
+        _activate(p, data)
+    except Exception as error:  # the host prints it and goes on drawing: then without us, and the picture says so
+        hosts.current().put(p.sd_model, [])
+        _tell(p, f"OFT: nothing was applied, because of an error in the extension: {type(error).__name__}: {printable(str(error), 300)}")
+        raise
+
+
+def _activate(p: Any, data: Mapping[str, Sequence[Any]]) -> None:
     host, model = hosts.current(), p.sd_model
     found = _mentions(p, data)
     reports: list[Report] = []

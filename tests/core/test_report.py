@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oft_core import Constraint, LayerRotation, Strength, describe, measure, read_tensors
+from oft_core.profile import profile
 from oft_core.rotation import cayley, unpack_skew
 
 
@@ -225,3 +226,27 @@ def test_text_says_what_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     report = describe(adapter)
     assert report.mean_estimated and not report.angles_estimated
     assert "mean about" in report.to_text() and "Largest angle about" not in report.to_text()
+
+
+def test_nothing_follows_a_hosts_autocast() -> None:
+    """Web UIs work under autocast: reports, rotations, weights and directions are the same numbers under it."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"lora_unet_x{i}.oft_R.weight": 0.3 * torch.randn(40, 28, generator=g) for i in range(3)}
+    tensors["lora_unet_y.hra_u"] = torch.randn(64, 2, generator=g).repeat_interleave(2, 1) + 0.2 * torch.randn(64, 4, generator=g)
+    tensors["lora_unet_z.psoft_R.weight"] = 0.3 * torch.randn(28, generator=g)
+    weight = torch.randn(24, 64, generator=g)
+
+    def all_of_it() -> tuple:
+        adapter = read_tensors(tensors)
+        found = []
+        for op in (pieces[0].op for pieces in adapter.operations().values()):
+            w = weight.repeat(1, 5) if op.axis == 320 else weight.clone()
+            op.apply_(w, Strength(0.7), measured=op.measure(w) if op.needs_base else None)
+            found.append(w)
+        return describe(adapter).to_text(), [p.to_dict() for p in profile(adapter)], found
+
+    plain = all_of_it()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = all_of_it()
+    assert under[:2] == plain[:2]
+    assert all(torch.equal(a, b) for a, b in zip(under[2], plain[2], strict=True))

@@ -248,3 +248,11 @@ def test_files_that_depend_on_the_models_own_weights(web):
         assert close(web.drawn(f"<oft:{oft}:0.7>"), web.merged((path, 0.7)))
         assert not torch.equal(web.drawn(f"<oft:{oft}:0.7>")[key], base[key])
     assert equal(web.drawn(PROMPT), base)
+
+
+def test_the_hosts_autocast_changes_nothing(web):
+    """Web UIs draw under autocast, on a CPU in bfloat16."""
+    path = web.oft("koala")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = web.drawn("<oft:koala:0.6>")
+    assert close(found, web.merged((path, 0.6)))

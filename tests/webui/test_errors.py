@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -97,3 +99,28 @@ def test_reports_stay_for_the_tab(web_of):
     web.modules.shared.opts.data["oft_report_below"] = True
     _, p = web.picture("<oft:koala:0.5>")
     assert applied.text in p.comments
+
+
+def test_an_error_of_ours_is_said_and_leaves_the_base(web_of, monkeypatch):
+    """The host prints errors of extensions and goes on drawing: the picture must say that nothing acted."""
+    web = web_of("forge")
+    web.oft("koala")
+    base = web.drawn("a photo")
+    web.drawn("<oft:koala:1>")
+
+    def broken(*args):
+        raise RuntimeError("Expected out tensor to have dtype x")
+
+    activation = web.pack("webui.activation")
+    activate = activation.activate
+
+    def as_the_host_calls_it(p, data):
+        with contextlib.suppress(RuntimeError):
+            activate(p, data)
+
+    monkeypatch.setattr(activation, "place", broken)
+    monkeypatch.setattr(activation, "activate", as_the_host_calls_it)
+    activation._placed.clear()
+    (found,), p = web.picture("<oft:koala:1>")
+    assert equal(found, base)
+    assert any("nothing was applied" in text and "Expected out tensor" in text for text in p.comments)
