@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from dev.host import Host
 
 
+def begin_web_environments(host: Host) -> subprocess.Popen | None:
+    """Make what the web UIs' page tests run in, beside the installation of the host: a process, or None where that is done."""
+    if (host.cache / "installed.json").exists():
+        return None  # not the first run: what is missing is made by the tests
+    host.logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tests.webui.page.environment", str(host.venv)]
+    with open(host.logs / "web.log", "wb") as log:
+        return subprocess.Popen(command, cwd=REPO, env={**os.environ, "OFT_CACHE": str(host.cache)}, stdout=log, stderr=log)
+
+
 def run_tests(host: Host, pytest_args: list[str]) -> int:
     """Ruff, then pytest over tests/. Returns the exit status; pytest's summary is the last thing printed."""
     from dev.page import find_browser, install_browser
@@ -76,9 +86,13 @@ def main(argv: list[str]) -> int:
     from dev.host import Host, InstallError, cache_dir, ensure_models
 
     try:
-        host = Host(cache_dir()).install()
+        host = Host(cache_dir())
+        web = begin_web_environments(host) if options.command == "test" and not pytest_args else None
+        host.install()
         models = ensure_models(host.python, host.tree, host.cache, lambda text: print(text, flush=True))
         if options.command == "test":
+            if web is not None:
+                web.wait()  # a failure is tried again, and reported, by the tests
             return run_tests(host, pytest_args)
     except InstallError as fault:
         print(fault, flush=True)

@@ -270,8 +270,9 @@ def test_nothing_is_left_of_a_failure_in_mid_sampling(
     }
     before = {kind: drawn(adapter) for kind, adapter in kinds.items()}
     assert far(before["scheduled"], before["activations"]) > 2 < far(before["base"], before["scheduled"])
-    for fails in ("activations", "scheduled"):
-        for kind, adapter in kinds.items():
+    for fails, afterwards in (("activations", kinds), ("scheduled", ("base", "scheduled"))):
+        for kind in afterwards:
+            adapter = kinds[kind]
             with pytest.raises(PromptFailed) as failed:
                 drawn(chain(kinds[fails], failing))
             assert re.search("on purpose: step 2, behind .*" + layer, failed.value.text), failed.value.text

@@ -244,7 +244,7 @@ def test_half_precision_bases_train():
         seen = set()
         hook = model.model.diffusion_model.register_forward_pre_hook(lambda m, a, s=seen: s.add(a[0].dtype))
         fresh_user()
-        run = a_run(family, of_parts=(model, *parts(family)[1:]), steps=30, learning_rate=0.03)
+        run = a_run(family, of_parts=(model, *parts(family)[1:]), steps=15, learning_rate=0.03)
         before = state(model)
         outcome = go(run)
         hook.remove()
@@ -258,7 +258,7 @@ def test_half_precision_bases_train():
         assert now < was - 0.02 * was, f"{family} {dtype}: {was:.4f}, then {now:.4f}"
         # Near what the same training does in float32: half precision costs digits, not the direction.
         fresh_user()
-        full = a_run(family, steps=30, learning_rate=0.03)
+        full = a_run(family, steps=15, learning_rate=0.03)
         for a, b in zip(outcome.losses, go(full).losses, strict=True):
             assert abs(a - b) < 0.1 * b, (family, dtype, outcome.losses, full.trainer.losses)
         with torch.inference_mode(), train_mode.training_mode(), torch.no_grad():

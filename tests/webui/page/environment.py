@@ -1,4 +1,7 @@
-"""Environments with the gradio of each web UI, made once and kept in the cache folder."""
+"""Environments with the gradio of each web UI, made once and kept in the cache folder.
+
+``python -m tests.webui.page.environment VENV`` makes them all, for tests that will run in the environment VENV.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ PINS = {
 }
 
 
-def python_with(gradio: str) -> Path:
-    """The Python of the environment with this gradio, with torch and safetensors of the running one behind it.
+def python_with(gradio: str, tests: str = sys.prefix) -> Path:
+    """The Python of the environment with this gradio, with torch and safetensors of the environment ``tests`` behind it.
 
     Raises RuntimeError with pip's last lines if it cannot be installed.
     """
@@ -34,7 +37,7 @@ def python_with(gradio: str) -> Path:
     root = cache_dir() / f"gradio-{gradio}"
     python = root / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     # A new Python or other pins make another environment.
-    mark, wanted = root / "made.txt", hashlib.sha256(repr((sys.version, sys.prefix, pins)).encode()).hexdigest()
+    mark, wanted = root / "made.txt", hashlib.sha256(repr((sys.version, tests, pins)).encode()).hexdigest()
     if mark.is_file() and mark.read_text() == wanted:
         return python
     shutil.rmtree(root, ignore_errors=True)
@@ -44,7 +47,12 @@ def python_with(gradio: str) -> Path:
     if run.returncode:
         raise RuntimeError(f"gradio {gradio} cannot be installed: {run.stderr[-2000:]}")
     site = next(root.glob("lib/python*/site-packages"), root / "Lib" / "site-packages")
-    behind = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "behind.pth").write_text(behind + "\n")
+    inside = ("Lib",) if sys.platform == "win32" else ("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+    (site / "behind.pth").write_text(f"{Path(tests, *inside, 'site-packages')}\n")
     mark.write_text(wanted)
     return python
+
+
+if __name__ == "__main__":
+    for version in PINS:
+        python_with(version, sys.argv[1])
