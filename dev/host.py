@@ -173,7 +173,7 @@ class Host:
             "PIP_NO_COMPILE": "no",  # (pip's way of saying yes.) A third of the time; Python compiles what it imports.
             "PYTHONNOUSERSITE": "1",
         }
-        for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER"):
+        for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PIP_TARGET", "PIP_PREFIX", "PIP_USER"):
             env.pop(name, None)
         with open(log, "ab") as out:
             out.write(("$ " + " ".join(map(str, command)) + "\n").encode())

@@ -49,6 +49,7 @@ def run_tests(host: Host, pytest_args: list[str]) -> int:
         "HF_HUB_OFFLINE": "1",
     }
     env.pop("PYTHONPATH", None)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles all that it imports
     if env.get("CI") and not find_browser():
         print("Installing Chromium for the page tests ...", flush=True)
         install_browser(host.logs / "chromium.log")

@@ -56,6 +56,9 @@ TIPS = {
     ),
     "out_model": "The model with the rotations applied.",
     "out_clip": "The text encoders with the rotations applied; empty if none were given.",
+    "out_trigger": (
+        "The trigger words that the trainer wrote into the file, with commas between them; empty if it wrote none."
+    ),
     "out_report": (
         "What the file is, why it was read so, which layers matched, how far it turns, and warnings."
     ),
@@ -64,6 +67,7 @@ _entry = compat.explained(TIPS)
 
 MODEL_OUT = io.Model.Output(display_name="MODEL", tooltip=TIPS["out_model"])
 CLIP_OUT = io.Clip.Output(display_name="CLIP", tooltip=TIPS["out_clip"])
+TRIGGER_OUT = io.String.Output(display_name="trigger", tooltip=TIPS["out_trigger"])
 REPORT_OUT = io.String.Output(display_name="report", tooltip=TIPS["out_report"])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..oft_core import Adapter, ReadOptions, describe
+from ..oft_core.report import trigger_words
 from . import compat, inputs
 from .binding import folders
 from .binding.apply import apply
@@ -61,11 +63,17 @@ TIPS = {
 }
 
 
-def _shown(report: str, *values: Any, name: str | None = None) -> io.NodeOutput:
-    """The outputs and the report; name: of the file, as the graph has it."""
+def _shown(report: str, *values: Any, name: str | None = None, trigger: Sequence[str] | None = None) -> io.NodeOutput:
+    """The outputs and the report; name: of the file, as the graph has it; trigger: one more output."""
     said = None if name is None else folders.other_name(name)
     report = report if said is None else f"{report}\n{said}"
-    return io.NodeOutput(*values, report, ui=ui.PreviewText(report))
+    more = () if trigger is None else (", ".join(trigger),)
+    return io.NodeOutput(*values, report, *more, ui=ui.PreviewText(report))
+
+
+def _trigger(adapter: Adapter) -> list[str]:
+    """What goes into a prompt: the words that the trainer named, not the commonest ones of the captions."""
+    return trigger_words(adapter.metadata, guess=False)
 
 
 class _Checked(io.ComfyNode):
@@ -110,15 +118,16 @@ class OFTLoad(_Checked):
                 *inputs.how(),
                 inputs.where(),
             ],
-            outputs=[inputs.MODEL_OUT, inputs.CLIP_OUT, inputs.REPORT_OUT],
+            outputs=[inputs.MODEL_OUT, inputs.CLIP_OUT, inputs.REPORT_OUT, inputs.TRIGGER_OUT],
         )
 
     @classmethod
     def execute(cls, model, oft_name, strength_model, strength_clip, clip=None, **how) -> io.NodeOutput:
         how = inputs.How(**how)
         at_model, at_clip = how.at(strength_model), how.at(strength_clip)
-        applied = apply(folders.read(oft_name), model, clip, at_model, at_clip, how.runtime)
-        return _shown(applied.report, applied.model, applied.clip, name=oft_name)
+        adapter = folders.read(oft_name)
+        applied = apply(adapter, model, clip, at_model, at_clip, how.runtime)
+        return _shown(applied.report, applied.model, applied.clip, name=oft_name, trigger=_trigger(adapter))
 
 
 class OFTLoadModelOnly(_Checked):
@@ -139,15 +148,16 @@ class OFTLoadModelOnly(_Checked):
                 *inputs.how(),
                 inputs.where(),
             ],
-            outputs=[inputs.MODEL_OUT, inputs.REPORT_OUT],
+            outputs=[inputs.MODEL_OUT, inputs.REPORT_OUT, inputs.TRIGGER_OUT],
         )
 
     @classmethod
     def execute(cls, model, oft_name, strength_model, **how) -> io.NodeOutput:
         how = inputs.How(**how)
         at = how.at(strength_model)
-        applied = apply(folders.read(oft_name), model, None, at, at, how.runtime)
-        return _shown(applied.report, applied.model, name=oft_name)
+        adapter = folders.read(oft_name)
+        applied = apply(adapter, model, None, at, at, how.runtime)
+        return _shown(applied.report, applied.model, name=oft_name, trigger=_trigger(adapter))
 
 
 class OFTLoadAdapter(_Checked):
@@ -176,13 +186,14 @@ class OFTLoadAdapter(_Checked):
             outputs=[
                 inputs.OFTAdapter.Output(display_name="adapter", tooltip=TIPS["out_adapter"]),
                 inputs.REPORT_OUT,
+                inputs.TRIGGER_OUT,
             ],
         )
 
     @classmethod
     def execute(cls, oft_name, **options: Any) -> io.NodeOutput:
         adapter = folders.read(oft_name, ReadOptions(**options))
-        return _shown(describe(adapter).to_text(), adapter, name=oft_name)
+        return _shown(describe(adapter).to_text(), adapter, name=oft_name, trigger=_trigger(adapter))
 
 
 class OFTApply(_Checked):

@@ -25,7 +25,7 @@ LoraStackType = io.Custom("LORA_STACK")
 NUMBERS = (1, 2, 3, 4)
 NONE = "none"
 AS_NODE = "as the node"
-COMPOSE, BLEND = "compose", "blend"
+COMPOSE, BLEND, BLEND_KEPT = "compose", "blend", "blend, angles kept"
 
 TIPS = {
     "stack": "A stack to add to: its adapters come before the ones of this node.",
@@ -43,7 +43,8 @@ TIPS = {
     "how": (
         "compose: the rotations are multiplied in the order of the stack, as Load OFT nodes in a row. blend: "
         "one rotation that is the average of all, taken in the Lie algebra, so that the order does not "
-        "matter; two adapters at strength 1 each act half."
+        "matter; two adapters at strength 1 each act half. blend, angles kept: the same direction, turned as far as "
+        "the adapters turn on average: a subject and a style keep their force."
     ),
     "out_stack": "All adapters, those of the incoming stack first.",
     "out_lora_stack": (
@@ -310,7 +311,7 @@ class OFTApplyStack(io.ComfyNode):
                 OFTStackType.Input("stack", tooltip=TIPS["apply_stack"]),
                 inputs.model(optional=True),
                 inputs.clip(),
-                io.Combo.Input("how", options=[COMPOSE, BLEND], default=COMPOSE, tooltip=TIPS["how"]),
+                io.Combo.Input("how", options=[COMPOSE, BLEND, BLEND_KEPT], default=COMPOSE, tooltip=TIPS["how"]),
                 inputs.where(),
             ],
             outputs=[inputs.MODEL_OUT, inputs.CLIP_OUT, inputs.REPORT_OUT],
@@ -324,8 +325,10 @@ class OFTApplyStack(io.ComfyNode):
         if not rows:
             text = "The stack has no adapter that is on; nothing changed."
             return io.NodeOutput(model, clip, text, ui=ui.PreviewText(text))
-        together = apply_blend if how == BLEND else apply_in_order
-        model, clip, text = together(rows, model, clip, runtime)
+        if how == COMPOSE:
+            model, clip, text = apply_in_order(rows, model, clip, runtime)
+        else:
+            model, clip, text = apply_blend(rows, model, clip, runtime, keep_angles=how == BLEND_KEPT)
         off = [row.name for row in stack if not row.on]
         text += f"\nOff: {', '.join(off)}" if off else ""
         return io.NodeOutput(model, clip, text, ui=ui.PreviewText(text))
@@ -347,11 +350,11 @@ def apply_in_order(
 
 
 def apply_blend(
-    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = AUTO
+    rows: Sequence[Row], model: Any | None, clip: Any | None, where: str = AUTO, *, keep_angles: bool = False
 ) -> tuple[Any, Any, str]:
     """Patched MODEL and CLIP and a report; one rotation for all rows. Raises `StackError` if there is none.
 
-    The average of each side is over the adapters that have layers for it.
+    The average of each side is over the adapters that have layers for it. keep_angles: see `blend`.
     """
     for row in rows:
         if row.adapter.schedule is not None:
@@ -363,7 +366,7 @@ def apply_blend(
             )
     sides = names.sides_of(model, clip)
     placed = [place(row.adapter, sides, row.at_model, row.at_clip) for row in rows]
-    lines = [f"{len(rows)} adapters blended, whatever their order:"]
+    lines = [f"{len(rows)} adapters blended{', angles kept' if keep_angles else ''}, whatever their order:"]
     lines += [f"- {row.line()}" for row in rows]
     given = {"model": model, "clip": clip}
     for side in sides:
@@ -375,7 +378,7 @@ def apply_blend(
         if not count:
             continue
         with normal_tensors():
-            patches = blend([share for mine in shares for share in mine], count, side.shapes)
+            patches = blend([share for mine in shares for share in mine], count, side.shapes, keep_angles=keep_angles)
             whole = [(patch, Strength()) for patch in patches]
             ways = plan(side, whole, where)
             given[side.name] = patched(side, ways)

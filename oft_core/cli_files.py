@@ -1,4 +1,4 @@
-"""``convert`` and ``extract`` of ``python -m oft_core``: files made from files."""
+"""``convert``, ``extract`` and ``blend`` of ``python -m oft_core``: files made from files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import changed, extract
 from .adapter import Adapter, load_adapter
 from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Strength
-from .convert import FOLDER, about_fits, about_lora, convert, convert_near, to_lora
+from .convert import FOLDER, about_fits, about_lora, blended, convert, convert_near, to_lora
 from .errors import AdapterError, FileError, FormatError
 from .formats.write import WRITERS, write_adapter
 from .merge import DTYPES
@@ -63,6 +63,17 @@ def add_commands(commands: argparse._SubParsersAction, reading: argparse.Argumen
     out.add_argument("--layers", action="store_true", help="print what is left of every layer")
     out.set_defaults(run=_extract)
 
+    mix = commands.add_parser("blend", parents=[reading], help="average several adapters into one file")
+    mix.add_argument("adapters", metavar="ADAPTER", nargs="+")
+    mix.add_argument("--model", required=True, metavar="BASE", help="the safetensors model that they are for")
+    mix.add_argument("-o", "--output", required=True, metavar="OUT")
+    mix.add_argument("--strengths", default="", metavar="S,S,...", help="one for each adapter, 1 if not given")
+    mix.add_argument("--mode", choices=("rotation", "geodesic"), default="rotation")
+    mix.add_argument("--keep-angles", action="store_true", help="turn as far as the adapters do on average; a plain average turns less")
+    mix.add_argument("--to", choices=tuple(WRITERS), help="whose files; by default oft_v2_plus (input side), comfy or lycoris (output side)")
+    mix.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the numbers in OUT")
+    mix.set_defaults(run=lambda args: _blend(args, options(args)))
+
 
 def _new(path: str, *inputs: str) -> Path:
     out = Path(path)
@@ -106,6 +117,27 @@ def _convert(args: argparse.Namespace, options) -> int:
         print(about_fits(fits))
         if args.layers:
             print(extract.table(fits))
+    return 0
+
+
+def _blend(args: argparse.Namespace, options) -> int:
+    try:
+        numbers = [float(s) for s in args.strengths.split(",")] if args.strengths.strip() else [1.0] * len(args.adapters)
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(args.adapters) or len(numbers) < 2:
+        raise AdapterError("A blend needs two or more adapters and a strength for each", found=args.strengths or f"{len(args.adapters)} adapter")
+    adapters = [load_adapter(name, options) for name in args.adapters]
+    out = _new(args.output, *args.adapters, args.model)
+    metadata = {"oft_blend_of": ", ".join(f"{a.name} at {s:g}" for a, s in zip(adapters, numbers, strict=True))}
+    with open_model(args.model) as model:
+        path, dialect, stretched = blended(
+            adapters, model.index, out, args.to, strengths=[Strength(s, args.mode) for s in numbers], keep_angles=args.keep_angles,
+            base=model.weight, metadata=metadata, dtype=DTYPES[args.dtype],
+        )
+    print(f"Average of {len(adapters)} adapters written to {path} ({WRITERS[dialect].title}).")
+    if stretched:
+        print(f"Truncated series in them are taken as rotations: their average is one but for {stretched:.1e}, which is left out.")
     return 0
 
 

@@ -30,6 +30,7 @@ from .limits import multiplier
 from .names import NameIndex
 from .planes import planes_at
 from .rotation import pack_skew
+from .stack import Share, blend
 from .tensors import full_precision
 
 #: The dialect that is a folder; every other one is a file.
@@ -123,6 +124,52 @@ def _bound(adapter: Adapter, index: NameIndex) -> Binding:
             hint="Choose the model (and its text encoders) that it was made for.",
         )
     return binding
+
+
+@full_precision()
+def blended(
+    adapters: Sequence[Adapter],
+    index: NameIndex,
+    target: str | os.PathLike,
+    dialect: str | None = None,
+    *,
+    strengths: Sequence[Strength],
+    keep_angles: bool = False,
+    base: BaseWeights | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Path, str, float]:
+    """Write the average of several adapters, see `stack.blend`, as one file; returns it, its dialect and the size of what is left out.
+
+    Left out is what a truncated series stretches: max |M^T M - 1| of the average, which is written as a rotation; 0 for exact ones.
+
+    dialect: one of ``WRITERS``; None: OFT v2 with extras for the input side, ComfyUI's for the output side. Raises as `convert`, and
+    StackError for layers that have no average.
+    """
+    shares = [
+        Share(patch, at, adapter.name)
+        for adapter, at in zip(adapters, strengths, strict=True) for patch in _bound(adapter, index).patches
+    ]
+    layers: dict[str, LayerRotation] = {}
+    beside: dict[str, Diff] = {}
+    for patch in blend(shares, len(adapters), index.shapes, keep_angles=keep_angles):
+        place = layers if isinstance(patch.op, LayerRotation) else beside
+        if patch.key in place and not patch.rows:
+            raise FormatError(
+                "These adapters turn different sides, and no file holds both", module=patch.module, hint="Stack them in the graph instead."
+            )
+        if patch.rows or patch.swap_halves:
+            raise FormatError("The average has a layer that cannot be written in one file", module=patch.module, found="part of a fused layer")
+        place[patch.key] = patch.op
+    stretched = max((layer.orthogonality_error() for layer in layers.values() if layer.kind == "matrix"), default=0.0)
+    layers = {key: _as_cayley(layer, Strength()) if layer.kind == "matrix" else layer for key, layer in layers.items()}
+    if dialect is None:
+        sides = {layer.side for layer in layers.values()}
+        if len(sides) > 1:
+            raise FormatError("These adapters turn different sides, and no file holds both", hint="Stack them in the graph instead.")
+        rows = any(layer.row_scale is not None for layer in layers.values())
+        dialect = "oft_v2_plus" if sides == {"in"} else "lycoris" if rows else "comfy"
+    return _written(layers, beside, index, target, dialect, base, metadata, dtype), dialect, stretched
 
 
 # ---------------------------------------------------------------- strengths

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from .adapter import Patch
 from .constraint import Strength
 from .errors import FileError, ShapeError, StackError
+from .formats.keys import holds_oft as holds_rotations
 from .layer import Diff, LayerRotation
 from .rotation import pack_skew
 from .tensors import full_precision
@@ -30,10 +30,6 @@ BLENDED_MODES = ("rotation", "geodesic")
 #: A finished matrix further from orthogonal than this (max |M^T M - I|) is not taken for a rotation.
 NOT_A_ROTATION = 1e-3
 _USE_COMPOSE = "Use 'compose', which applies the adapters one after the other."
-_OFT_KEY = re.compile(
-    r"\.(?:default\.)?(?:oft_blocks(?:\.\d+)?|oft_diag|oft_R(?:\.default)?\.weight|oft_embedding_R\.weight|oft_rotation\.weight"
-    r"|oft_r|boft_R)(?:\.default)?$|\.processor\.to_\w+_oft\.R$"
-)
 
 
 @dataclass(frozen=True)
@@ -45,22 +41,17 @@ class Share:
     adapter: str
 
 
-def names_oft(keys: Iterable[str]) -> bool:
-    """Whether one of these tensor names is that of an OFT layer."""
-    return any(_OFT_KEY.search(key) for key in keys)
-
-
 def holds_oft(path: str | os.PathLike) -> bool:
     """Whether a safetensors file has OFT layers, from the names of its tensors alone. Raises FileError for a damaged file."""
     try:
         with safe_open(path, "pt") as f:
-            return names_oft(f.keys())
+            return holds_rotations(f.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError("The file is damaged or not a safetensors file", file=path, found=str(error)) from error
 
 
 @full_precision()
-def blend(shares: Iterable[Share], count: int, shapes: Mapping[str, Sequence[int]]) -> list[Patch]:
+def blend(shares: Iterable[Share], count: int, shapes: Mapping[str, Sequence[int]], *, keep_angles: bool = False) -> list[Patch]:
     """One set of patches, for strength 1, that stands for the average of ``count`` adapters.
 
     Per parameter and side: R = exp(1/count * sum of log R_i(s_i)), R_i(s_i) each adapter's own rotation at its strength, limits
@@ -68,6 +59,10 @@ def blend(shares: Iterable[Share], count: int, shapes: Mapping[str, Sequence[int
     themselves. Row factors become their weighted geometric mean, additive differences their weighted mean. Blocks of different
     size are refined to their least common multiple. The order of ``shares`` does not matter beyond rounding. shapes: parameter key
     -> shape, of the parameters concerned.
+
+    keep_angles: rotations in different directions average to a smaller one (two to 1/sqrt 2). Each block's generator is then made as
+    long as those of the adapters that have it are on average, at most ``count`` times as long; so two styles keep their force. An
+    idea of OrthoFuse (arXiv 2604.05183), which restores the spectrum of the blended rotation.
 
     Raises StackError for layers that have no such average: mode linear or core, BOFT, cut last blocks, DoRA norms, DoKr-OFT,
     whole parameters, finished matrices that are no rotations, negative or zero row factors, blocks without a common size.
@@ -78,7 +73,7 @@ def blend(shares: Iterable[Share], count: int, shapes: Mapping[str, Sequence[int
     out: list[Patch] = []
     for key, group in keys.items():
         for part in _aligned(group, shapes[key][0]):
-            out += _blend_rows(part, count, shapes[key])
+            out += _blend_rows(part, count, shapes[key], keep_angles)
     return out
 
 
@@ -112,7 +107,7 @@ def _cut(share: Share, start: int, length: int, rows: tuple[int, int] | None) ->
     return replace(share, patch=replace(patch, op=op, rows=rows))
 
 
-def _blend_rows(part: list[Share], count: int, shape: Sequence[int]) -> list[Patch]:
+def _blend_rows(part: list[Share], count: int, shape: Sequence[int], keep_angles: bool) -> list[Patch]:
     first = part[0].patch
     if len({s.patch.swap_halves for s in part}) > 1:
         raise _refused(part, "its halves are stored in different orders")
@@ -121,7 +116,7 @@ def _blend_rows(part: list[Share], count: int, shape: Sequence[int]) -> list[Pat
     for side in ("in", "out"):
         here = [s for s in make if s.patch.op.side == side]
         if here:
-            ops.append(_average(here, count))
+            ops.append(_average(here, count, keep_angles))
     differences = [s for s in part if isinstance(s.patch.op, Diff)]
     if differences:
         if any(s.patch.op.whole for s in differences):
@@ -132,7 +127,7 @@ def _blend_rows(part: list[Share], count: int, shape: Sequence[int]) -> list[Pat
     return [Patch(first.module, first.key, op, first.component, first.rows, first.swap_halves) for op in ops]
 
 
-def _average(shares: Sequence[Share], count: int) -> LayerRotation:
+def _average(shares: Sequence[Share], count: int, keep_angles: bool) -> LayerRotation:
     """The average of rotations of one side of one parameter."""
     ops = [s.patch.op for s in shares]
     for share in shares:
@@ -144,7 +139,11 @@ def _average(shares: Sequence[Share], count: int) -> LayerRotation:
     if block > LARGEST_BLOCK:
         raise _refused(shares, f"blocks of {_sizes(ops)} only meet in blocks of {block}, above the limit of {LARGEST_BLOCK}")
     shared = all(op.stored == 1 and op.block == block for op in ops)
-    total = sum(_refined(s.patch.op.logarithm(s.strength)[0], s.patch.op, block, shared) for s in shares) / count
+    logs = [_refined(s.patch.op.logarithm(s.strength)[0], s.patch.op, block, shared) for s in shares]
+    total = sum(logs) / count
+    if keep_angles:
+        size = sum(log.flatten(-2).norm(dim=-1) for log in logs) / len(logs)
+        total = total * (size / total.flatten(-2).norm(dim=-1).clamp_min(1e-12)).clamp_max(count)[..., None, None]
     head = {"side": ops[0].side, "block": block, "count": axis // block, "row_scale": _row_scale(shares, count)}
     if all(op.exact or op.kind == "matrix" for op in ops):  # skew but for rounding
         return LayerRotation(kind="expm", generator=pack_skew(total).float().unsqueeze(0), **head)

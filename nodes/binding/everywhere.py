@@ -39,7 +39,7 @@ from ...oft_core import (
     Strength,
     read_tensors,
 )
-from ...oft_core.stack import names_oft
+from ...oft_core.formats.keys import holds_oft
 from ...oft_core.tensors import normal_tensors
 from . import folders, names
 from .apply import apply, patch_for_hook, place
@@ -74,7 +74,7 @@ def left_to_comfyui() -> Iterator[None]:
 
 def is_oft(lora: Any) -> bool:
     """Whether a loader's dictionary of tensors has OFT layers, by its names."""
-    return isinstance(lora, Mapping) and names_oft(key for key in lora if isinstance(key, str))
+    return isinstance(lora, Mapping) and holds_oft(key for key in lora if isinstance(key, str))
 
 
 def read(lora: Tensors) -> tuple[Adapter, dict[str, torch.Tensor]]:

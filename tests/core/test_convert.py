@@ -48,6 +48,7 @@ def random_layers(side: str, kind: str = "cayley", block: int = 8, rows: bool = 
 
 
 def written(folder: Path, layers: dict, dialect: str, beside: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
     return write_adapter(layers, NameIndex(SHAPES), folder / f"{dialect}.safetensors", dialect, beside=beside)
 
 
@@ -266,6 +267,46 @@ def test_what_cannot_be_extracted_is_named(tmp_path: Path, base: Path, capsys: p
         assert message in capsys.readouterr().err and not out.exists()
     assert main(["extract", str(other), str(base), "-o", str(base)]) == 1
     assert "overwrite" in capsys.readouterr().err
+
+
+# --- blend ---
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_blend_is_the_average_of_logarithms(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture, keep: bool) -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    one, two = random_layers("in", "neumann", size=0.05), random_layers("in")
+    for layer in two.values():
+        layer.generator = layer.generator.flip(1)
+    a, b = written(tmp_path / "a", one, "oft_v2"), written(tmp_path / "b", two, "oft_v2")
+    out = tmp_path / "out.safetensors"
+    more = ["--keep-angles"] if keep else []
+    assert main(["blend", str(a), str(b), "--model", str(base), "-o", str(out), "--strengths", "1,0.5", *more]) == 0
+    assert "Average of 2 adapters" in capsys.readouterr().out
+    found = {p.key: p.op for p in load_adapter(out).bind(NameIndex(SHAPES)).patches}
+    assert found.keys() == one.keys()
+    for key, op in found.items():
+        got = op.build(Strength()).matrices[0]
+        first, second = one[key].build(Strength()).matrices[0], two[key].build(Strength(0.5)).matrices[0]
+        for m, x, y in zip(got.double(), first.double(), second.double(), strict=True):
+            logs = [torch.from_numpy(linalg.logm(r.numpy()).real) for r in (x, y)]
+            # A series is not quite a rotation: what it stretches stays in the average's matrix, not in a generator.
+            logs = [(log - log.T) / 2 for log in logs]
+            mean = sum(logs) / 2
+            if keep:
+                mean = mean * sum(log.norm() for log in logs) / 2 / mean.norm()
+            assert torch.allclose(m, torch.linalg.matrix_exp(mean), atol=2e-4)
+
+
+def test_blends_that_cannot_be(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    a, b = written(tmp_path / "a", random_layers("in"), "oft_v2"), written(tmp_path / "b", random_layers("out"), "comfy")
+    out = tmp_path / "out.safetensors"
+    for files, more, message in (
+        ([a, b], [], "different sides"), ([a], [], "two or more"), ([a, a], ["--strengths", "1"], "a strength for each"),
+        ([a, a], ["--strengths", "1,x"], "a strength for each"), ([a, a], ["--to", "comfy"], "input side"),
+    ):
+        assert main(["blend", *map(str, files), "--model", str(base), "-o", str(out), *more]) == 1
+        assert message in capsys.readouterr().err and not out.exists()
 
 
 def test_reflections_are_not_taken_for_rotations() -> None:

@@ -233,3 +233,33 @@ def test_a_whole_file_is_blended_layer_by_layer() -> None:
     for key, patch in patches.items():
         logs = [logm(dense([s], key)) for s in shares if s.patch.key == key]
         torch.testing.assert_close(dense([patch], key).double(), torch.matrix_exp(sum(logs) / 2), atol=2e-6, rtol=0)
+
+
+# --- angles kept ---
+
+
+def test_kept_angles_have_the_direction_of_the_average() -> None:
+    """Against SciPy's matrix logarithm: the average's generator, as long as the adapters' are on average, block by block."""
+    shares = [share(layer(8, 1), 0.8), share(layer(8, 2, lam=0.3)), share(layer(4, 3, lam=0.2))]
+    logs = [logm(dense([one])) for one in shares]
+    got = logm(dense(blend(shares, 3, SHAPES, keep_angles=True)))
+    for i in range(0, N, 8):
+        part = slice(i, i + 8)
+        mean = sum(log[part, part] for log in logs) / 3
+        size = sum(log[part, part].norm() for log in logs) / 3
+        assert mean.norm() < 0.8 * size, "nothing would be kept here"
+        assert torch.allclose(got[part, part], mean * size / mean.norm(), atol=1e-5)
+
+
+def test_kept_angles_of_one_file_are_its_own() -> None:
+    one = share(layer(8, 1), 0.7)
+    want = dense([one])
+    assert torch.allclose(dense(blend([one, one], 2, SHAPES, keep_angles=True)), want, atol=1e-5)
+    assert torch.allclose(dense(blend([one], 2, SHAPES, keep_angles=True)), want, atol=1e-5), "the other file lacks the layer"
+    assert not torch.allclose(dense(blend([one], 2, SHAPES)), want, atol=1e-2)
+
+
+def test_opposite_rotations_do_not_blow_up() -> None:
+    shares = [share(layer(8, 1), 1.0), share(layer(8, 1), -0.99)]
+    angle = logm(dense(blend(shares, 2, SHAPES, keep_angles=True))).norm()
+    assert angle < 0.03 * logm(dense(shares[:1])).norm()

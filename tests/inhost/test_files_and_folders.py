@@ -263,3 +263,26 @@ def test_files_are_read_once():
     save_file(diag_oft(shapes_of(model, ATTENTION), seed=9), path)
     assert folders.fingerprint("once.safetensors") != mark and folders.read("once.safetensors") is not first
     assert folders.fingerprint("missing.safetensors") == ""
+
+
+def test_trigger_words_are_an_output():
+    model = sd15()
+    tensors = diag_oft(shapes_of(model, ATTENTION))
+    write("oft", "said.safetensors", tensors, {"modelspec.trigger_phrase": "zwx dog"})
+    write("oft", "guessed.safetensors", tensors, {"ss_tag_frequency": '{"a": {"dog": 3}}'})
+    how = {"strength_model": 1.0}
+    for name, words in (("said.safetensors", "zwx dog"), ("guessed.safetensors", "")):
+        loaded = run_node(load.OFTLoad, model=model, oft_name=name, strength_clip=1.0, **how).args
+        assert len(loaded) == 4 and loaded[2].startswith(name) and loaded[3] == words
+        assert run_node(load.OFTLoadModelOnly, model=model, oft_name=name, **how).args[2] == words
+        assert run_node(load.OFTLoadAdapter, oft_name=name).args[2] == words
+
+
+def test_relatives_of_oft_are_stacked_and_switched_as_oft():
+    """A row, and the switch for stock loaders, know them by the names of their tensors."""
+    model = sd15()
+    name = next(iter(diag_oft(shapes_of(model, ATTENTION)))).partition(".")[0]
+    vectors = torch.randn(32, 2, generator=generator(3)).repeat_interleave(2, 1) + 0.1
+    path = write("loras", "hra.safetensors", {f"{name}.hra_u": vectors + 0.2 * torch.randn(32, 4, generator=generator(4))})
+    assert stack.holds_oft(path) and everywhere.holds_oft([f"{name}.hra_u"])
+    assert not everywhere.holds_oft([f"{name}.lora_up.weight", f"{name}.lora_down.weight"])

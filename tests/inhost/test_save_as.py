@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.sd
 import families
 import torch
-from comfyui_oft.nodes import save
+from comfyui_oft.nodes import save, stack
 from comfyui_oft.nodes.binding import apply as host
 from comfyui_oft.nodes.binding import folders
 from comfyui_oft.oft_core import BlockWeights, FormatError, Strength
@@ -69,3 +69,19 @@ def test_strengths_and_near_rotations():
     for wrong in ({"strength": 0.5}, {}):
         adapter.blocks = None if wrong else BlockWeights.parse("all=0.5")
         assert "no place for strengths" in raises(ConfigError, lambda more=wrong: saved(adapter, model, save.AS_IS, **more))
+
+
+def test_a_stack_with_kept_angles_turns_further():
+    fresh_user()
+    model = families.make_model("sd15")
+    rows = [stack.Row(f"{i}", True, Strength(), Strength(), adapter_for(model, "in", seed=200 * i)) for i in range(2)]
+    with torch.inference_mode():
+        start = merged(model)
+        made = {
+            how: stack.OFTApplyStack.execute(stack=tuple(rows), how=how, model=model, runtime="weights")
+            for how in (stack.BLEND, stack.BLEND_KEPT)
+        }
+        got = {how: merged(out.args[0]) for how, out in made.items()}
+    size = {how: sum(float((w[k].double() - start[k].double()).square().sum()) for k in start) ** 0.5 for how, w in got.items()}
+    assert 1.3 < size[stack.BLEND_KEPT] / size[stack.BLEND] < 1.5, "two of one size, in different directions"
+    assert "angles kept" in made[stack.BLEND_KEPT].args[2] and "angles kept" not in made[stack.BLEND].args[2]
