@@ -35,6 +35,8 @@ from .tensors import full_precision
 
 #: The dialect that is a folder; every other one is a file.
 FOLDER = "peft"
+#: Directions beyond the wanted ones that the randomised method works with.
+_OVERSAMPLED = 8
 
 
 @full_precision()
@@ -259,7 +261,7 @@ def to_lora(
 ) -> tuple[Path, list[LowRank]]:
     """Write what an adapter changes of this base as a LoRA of kohya's names, which every UI reads; returns file and layers.
 
-    Each change is cut to its largest singular values: ``rank`` of them, or with ``error`` as few as leave at most that share of the
+    Each change is cut to its largest singular values: ``rank`` of them (found by a randomised method where these are few), or with ``error`` as few as leave at most that share of the
     change. Biases and norms are differences (``diff_b``, ``diff``). A rotation is not of low rank, so a residual remains; it is
     right on this base only. Raises ValueError for a rank below 1 or an error outside of 0 ... 1, else as `convert`.
     """
@@ -292,14 +294,31 @@ def _low_rank(delta: Tensor, rank: int, error: float | None) -> tuple[Tensor, Te
     size = float(delta.norm())
     if size == 0:
         return delta.new_zeros(len(delta), 1), delta.new_zeros(1, delta.shape[1]), 0.0
-    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-    r = min(rank, len(s))
+    if error is None and rank + _OVERSAMPLED < min(delta.shape) // 4:
+        # Few of many directions: a randomised method, a hundred times faster and as good to a per cent or so.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(delta, q=rank + _OVERSAMPLED, niter=4)
+        root = s[:rank].sqrt()
+        up, down = u[:, :rank] * root, root.unsqueeze(1) * v[:, :rank].t()
+    else:
+        up, down = _directions(delta.double(), rank, error)
+    return up, down, float((delta - up @ down).norm()) / size
+
+
+def _directions(delta: Tensor, rank: int, error: float | None) -> tuple[Tensor, Tensor]:
+    """The largest singular directions of a float64 matrix by the eigenvectors of its smaller Gram matrix."""
+    if len(delta) > delta.shape[1]:
+        up, down = _directions(delta.t(), rank, error)
+        return down.t(), up.t()
+    values, vectors = torch.linalg.eigh(delta @ delta.t())
+    s = values.flip(0).clamp_min(0).sqrt()
+    r = min(rank, int((s > s[0] * 1e-7).sum()))
     if error is not None:
         rest = s.square().flip(0).cumsum(0).flip(0).sqrt() / s.norm()  # what is left from each value on
         r = max(1, int((rest > error).sum()))
-    root = s[:r].sqrt()
-    left = float(s[r:].norm() / s.norm())
-    return (u[:, :r] * root).float(), (root.unsqueeze(1) * vh[:r]).float(), left
+    root, u = s[:r].sqrt(), vectors.flip(1)[:, :r]
+    return (u * root).float(), ((u.t() @ delta) / root.unsqueeze(1)).float()
 
 
 # ---------------------------------------------------------------- in words
