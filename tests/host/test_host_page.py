@@ -104,11 +104,15 @@ def test_search_place_run_and_read(host: ComfyServer, browser: None, files: None
         assert page.refused == []
 
 
-def opened(page: ComfyPage, example: Path) -> dict:
-    """Open an example as a user does, and set small pictures and few steps, for speed only. The prompt of the page."""
+def opened(page: ComfyPage, example: Path, look: bool = True) -> dict:
+    """Open an example as a user does, and set small pictures and few steps, for speed only. The prompt of the page.
+
+    look: for a screenshot, the whole graph in sight.
+    """
     page.load_workflow(json.loads(example.read_text(encoding="utf-8")))
     assert page.dialog_texts() == [], "something is missing, says the page"
-    page.fit()
+    if look:
+        page.fit()
     for node_id, node in page.prompt().items():
         if node["class_type"].startswith("Empty"):
             page.set(int(node_id), width=64, height=64)
@@ -143,6 +147,5 @@ def test_example_workflows_run_from_the_page(
     with ComfyPage(host.url, vue_nodes=False) as page:
         for example in EXAMPLES:
             with subtests.test(example.stem, nodes="canvas"):
-                assert opened(page, example) == sent[example.stem]
-                save_screenshot(page, f"{example.stem}-canvas-nodes")
+                assert opened(page, example, look=False) == sent[example.stem]
         assert our_faults(page) == []
