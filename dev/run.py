@@ -60,9 +60,9 @@ def run_tests(host: Host, pytest_args: list[str]) -> int:
     if not any(a.startswith("tests") for a in pytest_args):
         command.append("tests")
     if not pytest_args and (os.cpu_count() or 1) > 1:
-        # Everything, in three processes (each has a ComfyUI of its own), one more than the cores of a small machine, as servers
-        # and pages are waited for; the order is that of tests/conftest.py. Choices start sooner in one.
-        command += ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=20"]
+        # Everything, in two processes (each has a ComfyUI of its own; a third gains nothing on two cores), the order being that
+        # of tests/conftest.py. Choices start sooner in one.
+        command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=20"]
     return subprocess.call([*command, *pytest_args], cwd=REPO, env=env) or ruff
 
 
