@@ -15,7 +15,7 @@ from . import changed, extract
 from .adapter import Adapter, load_adapter
 from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Strength
-from .convert import FOLDER, about_fits, about_lora, blended, convert, convert_near, to_lora
+from .convert import FOLDER, about_fits, about_lora, blended, convert, convert_near, left_out, to_lora
 from .errors import AdapterError, FileError, FormatError
 from .formats.write import WRITERS, write_adapter
 from .merge import DTYPES
@@ -101,6 +101,8 @@ def _convert(args: argparse.Namespace, options) -> int:
             )
             print(f"{len(layers)} layers written to {path} as a LoRA, right on {model.path.name} only.")
             print(about_lora(layers))
+            if left_out((x.residual, x.size) for x in layers) > 0.5:
+                print("WARNING: most of the change is left out. A larger --rank, or --error, keeps more.", file=sys.stderr)
             if args.layers:
                 print("\n".join(f"{x.key}: rank {x.rank}, {100 * x.residual:.1f} % left" for x in layers))
             return 0

@@ -324,10 +324,16 @@ def _directions(delta: Tensor, rank: int, error: float | None) -> tuple[Tensor, 
 # ---------------------------------------------------------------- in words
 
 
+def left_out(parts: Iterable[tuple[float, float]]) -> float:
+    """Share of the whole change that is left out, 0 to 1 or so. parts: that share, and the size of the change, of every layer."""
+    parts = list(parts)
+    whole = sum(size**2 for _, size in parts)
+    return math.sqrt(sum((share * size) ** 2 for share, size in parts) / whole) if whole else 0.0
+
+
 def about_lora(layers: Sequence[LowRank]) -> str:
     """What is left out, in words."""
-    whole = sum(x.size**2 for x in layers)
-    left = math.sqrt(sum((x.residual * x.size) ** 2 for x in layers) / whole) if whole else 0.0
+    left = left_out((x.residual, x.size) for x in layers)
     worst = max(layers, key=lambda x: x.residual, default=None)
     ranks = sorted(x.rank for x in layers)
     if worst is None:
@@ -339,7 +345,6 @@ def about_lora(layers: Sequence[LowRank]) -> str:
 
 def about_fits(fits: Sequence[Fit]) -> str:
     """What is left out, in words."""
-    whole = sum(f.size**2 for f in fits)
-    left = math.sqrt(sum((f.remainder * f.size) ** 2 for f in fits) / whole) if whole else 0.0
+    left = left_out((f.remainder, f.size) for f in fits)
     worst = max(fits, key=lambda f: f.remainder)
     return f"Of the change {100 * left:.1f} % is left out in all, at most {100 * worst.remainder:.1f} % ({worst.key})."

@@ -180,8 +180,11 @@ def test_a_lora_of_full_rank_is_the_change(tmp_path: Path, base: Path) -> None:
 def test_what_a_small_rank_leaves_is_said(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
     source, out = written(tmp_path, random_layers("out"), "comfy"), tmp_path / "lora.safetensors"
     whole = merged(source, base)
-    assert main(["convert", str(source), str(out), "--to", "lora", "--model", str(base), "--rank", "8", "--layers"]) == 0
-    text = capsys.readouterr().out
+    assert main(["convert", str(source), str(out), "--to", "lora", "--model", str(base), "--rank", "1"]) == 0
+    assert "most of the change is left out" in capsys.readouterr().err
+    assert main(["convert", str(source), str(out), "--to", "lora", "--model", str(base), "--rank", "24", "--layers"]) == 0
+    text, err = capsys.readouterr()
+    assert "WARNING" not in err
     said = float(text.split("of the change ")[1].split(" %")[0])
     assert abs(said - 100 * error(by_hand(load_file(out), base), whole, base)) < 0.1 and said > 20
     assert main(["convert", str(source), str(out), "--to", "lora", "--model", str(base), "--error", "0.1", "--layers"]) == 0
