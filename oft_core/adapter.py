@@ -9,14 +9,14 @@ import pickle
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .block_weights import BlockWeights
+from .block_weights import BlockWeights, factors
 from .constraint import Strength
 from .errors import AdapterError, FileError, FormatError, ModelMismatch, ValueFault
 from .formats import (
@@ -153,6 +153,16 @@ class Binding:
         """The family that the file's metadata names, if the model is certainly of another; else ""."""
         said = declared_family(self.adapter.metadata)
         return said if said and self.family in DECLARED and said != self.family else ""
+
+    def strengths(self, index: NameIndex, strength: Strength) -> list[tuple[Patch, Strength]]:
+        """Each patch with its strength, the adapter's block strengths in it. Raises StrengthError where one is not defined."""
+        share = [1.0] * len(self.patches)
+        if self.adapter.blocks is not None:
+            share = factors(self.adapter.blocks, index, [(p.key, p.rows) for p in self.patches])
+        out = [(p, replace(strength, value=strength.value * factor)) for p, factor in zip(self.patches, share, strict=True)]
+        for patch, at in out:
+            patch.op.check_strength(at, module=patch.module, file=self.adapter.path)
+        return out
 
     def check(self, strength: Strength, components: Sequence[str] | None = None) -> None:
         """Raises StrengthError if the strength is not defined for one of the layers (of the given components)."""

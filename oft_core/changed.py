@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from .adapter import Binding, Patch
-from .block_weights import factors
 from .constraint import Strength
 from .errors import FormatError, ModelMismatch, ShapeError
 from .formats.write_beside import BaseWeights
+from .merge import read_header
 from .names import NameIndex
 
 #: Parameter key -> gives the changed parameter, float32 in the model's shape; in the model's order.
@@ -24,13 +23,8 @@ Changed = Mapping[str, Callable[[], Tensor]]
 
 def of_adapter(binding: Binding, index: NameIndex, base: BaseWeights, strength: Strength) -> Changed:
     """What an adapter makes of a model's parameters, its block strengths included."""
-    share = [1.0] * len(binding.patches)
-    if binding.adapter.blocks is not None:
-        share = factors(binding.adapter.blocks, index, [(p.key, p.rows) for p in binding.patches])
     by_key: dict[str, list[tuple[Patch, Strength]]] = {}
-    for patch, factor in zip(binding.patches, share, strict=True):
-        at = replace(strength, value=strength.value * factor)
-        patch.op.check_strength(at, module=patch.module, file=binding.adapter.path)
+    for patch, at in binding.strengths(index, strength):
         if at.value != 0:
             by_key.setdefault(patch.key, []).append((patch, at))
 
@@ -68,9 +62,8 @@ _LORA = re.compile(
 
 
 def holds_lora(path: str | os.PathLike) -> bool:
-    """Whether a safetensors file holds a LoRA."""
-    with safe_open(path, "pt") as file:
-        return any((m := _LORA.match(key)) and m["up"] for key in file.keys())  # noqa: SIM118 (not a dict)
+    """Whether a safetensors file holds a LoRA. Raises FileError for a damaged or other file."""
+    return any((m := _LORA.match(key)) and m["up"] for key in read_header(path)[0])
 
 
 def of_lora(path: str | os.PathLike, index: NameIndex, base: BaseWeights) -> Changed:

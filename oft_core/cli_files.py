@@ -15,7 +15,17 @@ from . import changed, extract
 from .adapter import Adapter, load_adapter
 from .block_weights import BlockWeights
 from .constraint import COFT_CHOICES, MODES, Strength
-from .convert import FOLDER, about_fits, about_lora, blended, convert, convert_near, left_out, to_lora
+from .convert import (
+    FOLDER,
+    about_fits,
+    about_lora,
+    blended,
+    convert,
+    convert_near,
+    left_out,
+    place_of,
+    to_lora,
+)
 from .errors import AdapterError, FileError, FormatError
 from .formats.write import WRITERS, write_adapter
 from .merge import DTYPES
@@ -77,8 +87,9 @@ def add_commands(commands: argparse._SubParsersAction, reading: argparse.Argumen
 
 def _new(path: str, *inputs: str) -> Path:
     out = Path(path)
+    written = (out, place_of(out, FOLDER), place_of(out, FOLDER) / "adapter_model.safetensors")
     for source in inputs:
-        if out.exists() and os.path.exists(source) and os.path.samefile(out, source):
+        if os.path.exists(source) and any(p.exists() and os.path.samefile(p, source) for p in written):
             raise FileError("The output would overwrite an input", file=out, hint="Choose another output name.")
     return out
 
@@ -165,7 +176,7 @@ def _extract(args: argparse.Namespace) -> int:
                     model.index, model.weight, difference, block=args.block, sides=sides, rescale=args.rescale, progress=_bar
                 )
         dialect = args.to or ("oft_v2_plus" if found.side == "in" else "lycoris" if args.rescale else "comfy")
-        path = out.with_suffix("") if dialect == FOLDER else out
+        path = place_of(out, dialect)
         path = write_adapter(
             found.layers, model.index, path, dialect, beside=found.beside, base=model.weight, dtype=DTYPES[args.dtype],
             metadata={"oft_extracted_from": os.path.basename(args.tuned), "oft_base": os.path.basename(args.base)},

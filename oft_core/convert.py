@@ -16,7 +16,6 @@ from torch import Tensor
 from .adapter import Adapter, Binding
 from .apply import powered
 from .atomic import all_or_none
-from .block_weights import factors
 from .changed import of_adapter
 from .constraint import Strength
 from .diff import Diff
@@ -108,11 +107,17 @@ def convert_near(
     return _written(layers, beside, index, target, dialect, base, metadata, dtype), fits
 
 
+def place_of(target: str | os.PathLike, dialect: str) -> Path:
+    """The file that is written; for ``peft`` the folder, of the file's name without ``.safetensors``."""
+    target = Path(target)
+    return target.with_suffix("") if dialect == FOLDER and target.suffix == ".safetensors" else target
+
+
 def _written(
     layers: Mapping[str, LayerRotation], beside: Mapping[str, Diff], index: NameIndex, target: str | os.PathLike, dialect: str,
     base: BaseWeights | None, metadata: Mapping[str, str] | None, dtype: torch.dtype,
 ) -> Path:
-    target = Path(target).with_suffix("") if dialect == FOLDER else Path(target)
+    target = place_of(target, dialect)
     if dialect in WRITERS and WRITERS[dialect].cayley_only:
         layers = {key: _as_cayley(layer, Strength()) if layer.kind == "expm" else layer for key, layer in layers.items()}
     return write_adapter(layers, index, target, dialect, beside=beside, base=base, metadata=metadata, dtype=dtype)
@@ -179,14 +184,9 @@ def blended(
 
 def _settled(binding: Binding, index: NameIndex, strength: Strength) -> tuple[dict[str, LayerRotation], dict[str, Diff]]:
     """What is left to write of an adapter at a strength, parameter key -> layer. Raises FormatError where that is no rotation."""
-    share = [1.0] * len(binding.patches)
-    if binding.adapter.blocks is not None:
-        share = factors(binding.adapter.blocks, index, [(p.key, p.rows) for p in binding.patches])
     layers: dict[str, LayerRotation] = {}
     beside: dict[str, Diff] = {}
-    for patch, factor in zip(binding.patches, share, strict=True):
-        at = replace(strength, value=strength.value * factor)
-        patch.op.check_strength(at, module=patch.module, file=binding.adapter.path)
+    for patch, at in binding.strengths(index, strength):
         place = layers if isinstance(patch.op, LayerRotation) else beside
         if patch.rows or patch.swap_halves or patch.key in place:
             raise FormatError("This adapter has a layer that cannot be written in another dialect", module=patch.module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +124,7 @@ class Extracted:
 @full_precision()
 def extract(
     index: NameIndex, base: BaseWeights, changed: Changed, *, block: int = 32, sides: Sequence[str] = ("in", "out"), rescale: bool = False,
-    progress: Iterable | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Extracted:
     """The rotations that tell best how ``changed`` differs from ``base``, all of the side that tells more.
 
@@ -134,7 +134,7 @@ def extract(
     weights = {k: f for k, f in changed.items() if index.spelling(k) is not None and len(index.shapes[k]) >= 2}
     beside: dict[str, Diff] = {}
     tried: dict[str, tuple[dict[str, LayerRotation], list[Fit]]] = {side: ({}, []) for side in sides}
-    for key in weights if progress is None else progress(weights):
+    for key in progress(weights):
         before, after = base(key).float(), weights[key]()
         for side, (layers, fits) in tried.items():
             layer = fit(before, after, side, peft_block_size(side_length(before.shape, side), block), rescale=rescale)
@@ -143,8 +143,8 @@ def extract(
     if not weights:
         raise AdapterError("No weight has changed", found=f"{len(changed)} other parameters that differ", expected="layers that were trained")
     left = []
-    for key in changed.keys() - weights.keys():
-        if len(index.shapes[key]) == 1:
+    for key in (k for k in changed if k not in weights):
+        if len(index.shapes[key]) == 1 and any(index.spelling(k) is not None for k in (key, key.removesuffix("bias") + "weight")):
             beside[key] = Diff(changed[key]() - base(key).float())
         else:
             left.append(key)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from .adapter import Adapter, Binding, Patch
 from .atomic import atomically, check_target
-from .block_weights import factors
 from .blocks import store_
 from .constraint import Strength
 from .errors import FileError, ModelMismatch
@@ -164,13 +163,8 @@ def planned(
     binding = adapter.bind(index)
     if not allow_partial:
         _check_whole(binding, base)
-    share = [1.0] * len(binding.patches)
-    if adapter.blocks is not None:
-        share = factors(adapter.blocks, index, [(p.key, p.rows) for p in binding.patches])
     jobs: dict[str, list[Job]] = {}
-    for patch, factor in zip(binding.patches, share, strict=True):
-        at = replace(strength, value=strength.value * factor)
-        patch.op.check_strength(at, module=patch.module, file=adapter.path)
+    for patch, at in binding.strengths(index, strength):
         scale = next((s for s in SCALES if patch.key.removesuffix("weight") + s in stored), None)
         if stored[patch.key].dtype is None or scale is not None:
             raise FileError(

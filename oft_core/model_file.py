@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import FileError
-from .merge import read_header
+from .merge import SCALES, read_header
 from .names import NameIndex
 
 
@@ -23,9 +23,16 @@ class ModelFile:
     path: Path
     index: NameIndex
     _stored: safe_open
+    _keys: frozenset[str]
 
     def weight(self, key: str) -> Tensor:
-        """Raises FileError for a tensor that is not there or cannot be read."""
+        """Raises FileError for a tensor that is not there, cannot be read, or holds codes that a scale beside it makes numbers of."""
+        scale = next((s for s in SCALES if key.removesuffix("weight") + s in self._keys), None)
+        if scale is not None:
+            raise FileError(
+                "A layer of the model is stored quantised, and its numbers are needed", file=self.path, module=key, found=scale,
+                expected="floating-point weights", hint="Use an unquantised model file.",
+            )
         try:
             return self._stored.get_tensor(key)
         except (SafetensorError, ValueError, AttributeError) as error:
@@ -37,4 +44,4 @@ def open_model(path: str | os.PathLike) -> Iterator[ModelFile]:
     """Raises FileError for what is no safetensors file, saying what it is and what to do."""
     stored, _ = read_header(path)
     with safe_open(path, "pt") as file:
-        yield ModelFile(Path(path), NameIndex({key: s.shape for key, s in stored.items() if s.dtype is not None}), file)
+        yield ModelFile(Path(path), NameIndex({key: s.shape for key, s in stored.items() if s.dtype is not None}), file, frozenset(stored))

@@ -107,6 +107,8 @@ def read_f18(module: Module) -> Maker:
     number = module.context.number
     passes = int(number("psoft_svd_lowrank_niter", config.get("psoft_svd_lowrank_niter"), 10))
     seed = int(number("random_seed", config.get("random_seed"), 0))
+    if not 1 <= passes <= 1000 or not 0 <= seed < 2**63:
+        raise module.format_error("PSOFT's config is out of range", found=f"{passes} passes, seed {seed}", expected="1 to 1000, 0 or more")
     base = Principal("lowrank" if config.get("psoft_svd") == "lowrank" else "full", passes, seed)
     module.context.note(
         "PSOFT turns the weights' own singular vectors, which the file does not hold: right on the base model that it was trained on, "

@@ -322,3 +322,40 @@ def test_reflections_are_not_taken_for_rotations() -> None:
     found = fit(weight, mirrored, "in", 3).build(Strength()).matrices[0, 0]
     best, _ = Rotation.align_vectors(mirrored.numpy(), weight.numpy())
     assert torch.allclose(found.double(), torch.from_numpy(best.as_matrix()), atol=1e-5)
+
+
+# --- what users type wrongly, and what lies beside ---
+
+
+def test_what_is_no_layer_of_the_model_is_named_and_left(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fine-tunes often carry another VAE, also with biases."""
+    vae = {"first_stage_model.encoder.conv_in.weight": torch.ones(4, 3, 3, 3), "first_stage_model.encoder.conv_in.bias": torch.ones(4)}
+    save_file(load_file(base) | vae, base)
+    tuned = merged(written(tmp_path, random_layers("in"), "oft_v2"), base)
+    save_file({k: v + k.startswith("first_stage") for k, v in tuned.items()}, tmp_path / "tuned.safetensors")
+    out = tmp_path / "found.safetensors"
+    assert main(["extract", str(tmp_path / "tuned.safetensors"), str(base), "-o", str(out), "--block", "8"]) == 0
+    assert "not told: 2 parameters" in capsys.readouterr().err
+    assert error(merged(out, base), tuned, base) < 1e-5
+
+
+def test_codes_of_a_quantised_model_are_not_taken_for_weights(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    source = written(tmp_path, random_layers("in"), "oft_v2")
+    save_file(load_file(base) | {Q.replace("weight", "scale_weight"): torch.ones(())}, base)
+    assert main(["convert", str(source), str(tmp_path / "x"), "--to", "lora", "--model", str(base)]) == 1
+    assert "stored quantised" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_inputs_are_not_written_over_and_damaged_ones_are_named(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    unet = {k: v for k, v in random_layers("in").items() if k.startswith("model.")}
+    folder = written(tmp_path, unet, "peft").parent.rename(tmp_path / "my.first")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    command = ["convert", str(folder / "adapter_model.safetensors"), str(folder), "--to", "peft", "--model", str(base), "--strength", "0.5"]
+    assert main(command) == 1
+    assert "overwrite" in capsys.readouterr().err and (folder / "adapter_model.safetensors").read_bytes() == before
+    command[2] = str(tmp_path / "my.second")
+    assert main(command) == 0 and (tmp_path / "my.second" / "adapter_config.json").is_file(), "a dot is no ending"
+    (tmp_path / "broken.safetensors").write_bytes(before[:300])
+    for broken in ("broken.safetensors", "my.second"):
+        assert main(["extract", str(tmp_path / broken), str(base), "-o", str(tmp_path / "x")]) == 1
+        assert broken in capsys.readouterr().err
