@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oft_core import cli
-from oft_core.adapter import Strength, load_adapter, read_tensors
+from oft_core.adapter import Patch, Strength, load_adapter, read_tensors
 from oft_core.errors import AdapterError, FormatError, ShapeError, StackError, StrengthError
 from oft_core.formats.write import write_adapter
 from oft_core.layer import LayerRotation
@@ -258,3 +258,16 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert error(load_file(out), merged, base) < LIMIT
     assert cli.main(["inspect", str(tmp_path), "--layers"]) == 0
     assert "PEFT PSOFT (F18" in capsys.readouterr().out
+
+
+def test_directions_are_those_of_the_files_order_of_rows(tmp_path: Path) -> None:
+    """Where a model keeps the halves of a layer's rows exchanged: the signs of singular vectors depend on the order."""
+    saved(tmp_path, CASES["PSOFT bare"]())
+    op = next(pieces[0].op for module, pieces in load_adapter(tmp_path).operations().items() if module.endswith("to_q"))
+    for seed in range(8):
+        mine = torch.randn(64, 48, generator=torch.Generator().manual_seed(seed))
+        theirs = torch.cat(mine.chunk(2)[::-1])
+        patch, got = Patch("m", "w", op, swap_halves=True), theirs.clone()
+        patch.apply_(got, Strength(), measured=patch.measure(theirs))
+        op.apply_(mine, Strength(), measured=op.measure(mine.clone()))
+        assert torch.allclose(torch.cat(got.chunk(2)[::-1]), mine, atol=1e-5), seed
