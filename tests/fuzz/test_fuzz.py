@@ -21,6 +21,6 @@ def test_every_seed_is_right_as_it_is(tmp_path: Path) -> None:
 
 
 def test_mutated_files_end_well() -> None:
-    counts, bad = fuzz.run(1000, seed=1)
+    counts, bad = fuzz.run(600, seed=1)
     assert not bad, "\n".join(bad)
-    assert counts[fuzz.OK] > 200 and counts[fuzz.ERROR] > 200
+    assert counts[fuzz.OK] > 120 and counts[fuzz.ERROR] > 120

@@ -71,9 +71,7 @@ ONLY = {
     "all=0, output=1": "unet_output_blocks",
     "all=0, input.0-2=1": "unet_input_blocks_[012]_",
     "all=0, middle/attention=1": r"unet_middle_block_.*attn\d_to_",
-    "all=0, cross=1": r"unet_.*attn2_to_",
     "all=0, conv=1": r"_in_layers_2|_out_layers_3|_op\.|_conv\.|skip_connection|blocks_0_0\.|out_2\.",
-    "all=0, ff=1": r"_ff_net_|_mlp_",
     "all=0, te.0-1=1": r"lora_te_.*layers_[01]_",
     "te=0": "unet_",
 }

@@ -234,7 +234,7 @@ def test_stop_and_kill_keep_the_work(make_server) -> None:
 
     def graph(name: str, **knobs) -> tuple[Graph, Node]:
         g = Graph()
-        return g, training(g, tiny_parts(g, "sd15"), folder, name, steps=60, save_every=5, **knobs)
+        return g, training(g, tiny_parts(g, "sd15"), folder, name, steps=36, save_every=3, **knobs)
 
     g, _ = graph("stopped")
     presser = threading.Thread(target=lambda: (wait_for(lambda: states(server)), client.interrupt()))
@@ -244,7 +244,7 @@ def test_stop_and_kill_keep_the_work(make_server) -> None:
     assert result.error is not None and result.error.kind == "Interrupted"
     kept = file_of(server, "stopped")
     at = int(states(server)[-1].stem.removeprefix("state-"))
-    assert 0 < at < 60 and load_file(kept)
+    assert 0 < at < 36 and load_file(kept)
     picture = Graph()
     preview = text_to_image(picture, tiny_parts(picture, "sd15"), "sd15")
     assert client.run(picture).image(preview).std() > 5, "the server does not go on"
